@@ -1,0 +1,28 @@
+"""Train Hugging Face language models whose activations decompose into sparse features."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "CorpusArguments": "corpora",
+    "FreshHeadsArguments": "sweep",
+    "HeadBank": "heads.bank",
+    "HeadsArguments": "configuration",
+    "SAEHead": "heads",
+    "SAEHeadConfig": "heads",
+    "SAERegArguments": "trainer",
+    "SAERegGPT2LMHeadModel": "modeling",
+    "SAERegOutput": "modeling",
+    "SAERegTrainer": "trainer",
+    "character_tokenizer": "corpora",
+    "load_blocks": "corpora",
+    "make_head": "heads",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

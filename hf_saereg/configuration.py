@@ -1,0 +1,123 @@
+"""The shape of a character GPT-2 and of its heads: options of a recipe, turned into configurations.
+
+Notable:
+- sites carry TransformerLens hook names: the input of every block, and the output of the last one
+  before the final layer norm
+- every list holds one value for all sites or one a site, in stream order
+"""
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from transformers import GPT2Config, PreTrainedTokenizerBase
+
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig
+
+T = TypeVar("T")
+
+
+def gpt2_hook_names(n_layer: int) -> list[str]:
+    """All `n_layer + 1` residual-stream sites, in stream order."""
+    return [f"blocks.{i}.hook_resid_pre" for i in range(n_layer)] + [
+        f"blocks.{n_layer - 1}.hook_resid_post"
+    ]
+
+
+@dataclass
+class HeadsArguments:
+    """Options that describe the heads of one model.
+
+    Every list takes one value for all sites or one value a site.
+    """
+
+    architecture: str = field(
+        default="topk", metadata={"help": "Family of the heads: standard or topk."}
+    )
+    hook_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Sites to regularize, e.g. blocks.0.hook_resid_pre; all by default."},
+    )
+    d_sae: list[int] = field(default_factory=lambda: [512], metadata={"help": "Latents a head."})
+    k: list[int] | None = field(
+        default=None, metadata={"help": "Active latents a token (topk heads)."}
+    )
+    sparsity_coefficient: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "c, the weight of the L1 penalty (standard heads)."},
+    )
+    reconstruction_weight: list[float] = field(
+        default_factory=lambda: [3.0], metadata={"help": "λ, the weight of R + A in the term."}
+    )
+
+    def head_configs(self, model_config: GPT2Config) -> list[SAEHeadConfig]:
+        """One configuration a site.
+
+        Args:
+            model_config: of the model that the heads will sit on.
+
+        Raises:
+            HeadConfigError: for an unknown or repeated site, a list of the wrong length, or sizes
+                and weights that no head can have.
+        """
+        sites = gpt2_hook_names(model_config.n_layer)
+        hook_names = sites if self.hook_names is None else self.hook_names
+        for hook_name in hook_names:
+            if hook_name not in sites:
+                raise HeadConfigError(
+                    f"Unknown hook name {hook_name!r}; this model has {', '.join(sites)}."
+                )
+        if not hook_names or len(set(hook_names)) < len(hook_names):
+            raise HeadConfigError(
+                f"hook_names is {hook_names}; name at least one site, and each site once."
+            )
+        hook_names = sorted(hook_names, key=sites.index)
+        return [
+            SAEHeadConfig(
+                architecture=self.architecture,
+                hook_name=hook_name,
+                d_in=model_config.n_embd,
+                d_sae=d_sae,
+                k=k,
+                sparsity_coefficient=sparsity_coefficient,
+                reconstruction_weight=reconstruction_weight,
+            )
+            for hook_name, d_sae, k, sparsity_coefficient, reconstruction_weight in zip(
+                hook_names,
+                _one_a_site("d_sae", self.d_sae, len(hook_names)),
+                _one_a_site("k", self.k or [None], len(hook_names)),
+                _one_a_site("sparsity_coefficient", self.sparsity_coefficient, len(hook_names)),
+                _one_a_site("reconstruction_weight", self.reconstruction_weight, len(hook_names)),
+                strict=True,
+            )
+        ]
+
+
+@dataclass
+class CharacterModelArguments:
+    """Shape of the language model; its context is one block of the corpus."""
+
+    n_layer: int = field(default=4, metadata={"help": "Transformer blocks."})
+    n_head: int = field(default=4, metadata={"help": "Attention heads a block."})
+    n_embd: int = field(default=64, metadata={"help": "Width of the residual stream."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout, everywhere."})
+
+    def config(self, context: int, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
+        """GPT-2 of this shape; the character tokenizer has padding, but neither BOS nor EOS."""
+        return GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=context,
+            **{name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")},
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout),
+            **dict.fromkeys(("bos_token_id", "eos_token_id")),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+def _one_a_site(name: str, values: list[T], n_sites: int) -> list[T]:
+    if len(values) == 1:
+        return values * n_sites
+    if len(values) != n_sites:
+        raise HeadConfigError(
+            f"{name} has {len(values)} values for {n_sites} sites; give one for all or one a site."
+        )
+    return values

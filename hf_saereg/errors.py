@@ -1,0 +1,18 @@
+"""Errors that a user can mend: a recipe prints their one sentence instead of a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something asked for cannot be done; the message says what, and how to mend it."""
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """End the program with the sentence of a `UserError` and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")

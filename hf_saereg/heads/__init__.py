@@ -1,0 +1,41 @@
+"""What a sparse autoencoder is: the families by name, the losses, the files.
+
+`make_head(config)` is the registry's only door: a new family is one new file and one line here.
+"""
+
+from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig, SAELosses, SiteStatistics
+from hf_saereg.heads.standard import StandardSAE
+from hf_saereg.heads.topk import TopKSAE
+
+FAMILIES: dict[str, type[SAEHead]] = {
+    family.architecture: family for family in (StandardSAE, TopKSAE)
+}
+
+
+def make_head(config: SAEHeadConfig) -> SAEHead:
+    """A freshly initialised head.
+
+    Args:
+        config: shape, place and sparsity.
+
+    Raises:
+        HeadConfigError: if the architecture is unknown or its own options are wrong.
+    """
+    if config.architecture not in FAMILIES:
+        raise HeadConfigError(
+            f"Unknown architecture {config.architecture!r}; choose one of {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[config.architecture](config)
+
+
+__all__ = [
+    "FAMILIES",
+    "HeadConfigError",
+    "SAEHead",
+    "SAEHeadConfig",
+    "SAELosses",
+    "SiteStatistics",
+    "StandardSAE",
+    "TopKSAE",
+    "make_head",
+]

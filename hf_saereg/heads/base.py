@@ -1,0 +1,262 @@
+"""What every sparse autoencoder family shares: parameters, losses, statistics.
+
+Notable:
+- a family declares three things: which latents it selects, their values, and what they cost
+  (`selection`, `activate`, `sparsity`); the kernels do the rest
+- losses are means over the tokens given; padding is dropped before a head ever sees it
+- `SiteStatistics` are sums, so they add up over batches and processes without rounding tricks
+- names are the field's: `d_in`, `d_sae`, `W_enc`, `b_enc`, `W_dec`, `b_dec`, `hook_name`
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_saereg import kernels
+from hf_saereg.errors import UserError
+from hf_saereg.kernels.codes import Codes, Selection
+
+# enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
+DENSITY_SAMPLE = 64
+
+
+class HeadConfigError(UserError):
+    """A head was described in a way that cannot work; the message says how to fix it."""
+
+
+@dataclass
+class SAEHeadConfig:
+    """One sparse autoencoder."""
+
+    architecture: str  # a name in the registry of hf_saereg.heads
+    hook_name: str  # where it sits, as TransformerLens names it, e.g. blocks.0.hook_resid_pre
+    d_in: int  # width of the residual stream
+    d_sae: int  # number of latents
+    sparsity_coefficient: float = 0.0  # c, weight of the sparsity loss (families with a penalty)
+    k: int | None = None  # latents kept per token (TopK)
+    reconstruction_weight: float = 1.0  # λ, weight of R + A in the regularization term
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae"):
+            size = getattr(self, name)
+            if size <= 0:
+                raise HeadConfigError(
+                    f"{name} at {self.hook_name} is {size}; it must be at least 1."
+                )
+        for name in ("sparsity_coefficient", "reconstruction_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise HeadConfigError(
+                    f"{name} at {self.hook_name} is {weight}; it must be a finite number ≥ 0."
+                )
+
+
+class SiteStatistics(NamedTuple):
+    """Sums over tokens, all detached, from which every logged figure of a site follows.
+
+    Attributes:
+        tokens: () number of tokens.
+        squared_error: () sum of ‖x − x̂‖².
+        x_sum: (d_in,) sum of x.
+        x_square: () sum of ‖x‖².
+        x_norm: () sum of ‖x‖.
+        fired: (d_sae,) number of tokens on which each latent was active.
+    """
+
+    tokens: Tensor
+    squared_error: Tensor
+    x_sum: Tensor
+    x_square: Tensor
+    x_norm: Tensor
+    fired: Tensor
+
+    def merged(self, other: Self) -> Self:
+        """Statistics of the tokens of both."""
+        return type(self)(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents a token."""
+        return (self.fired.sum() / self.tokens).item()
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained; predicting the mean of x scores exactly 1."""
+        variance = self.x_square - self.x_sum.square().sum() / self.tokens
+        return (self.squared_error / variance).item()
+
+    @property
+    def dead_fraction(self) -> float:
+        """Fraction of latents that were active on none of the tokens."""
+        return (self.fired == 0).double().mean().item()
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean over tokens of ‖x‖."""
+        return (self.x_norm / self.tokens).item()
+
+
+class Reconstruction(NamedTuple):
+    """One pass of a head over tokens, sums over them.
+
+    Attributes:
+        x_hat: (tokens, d_in).
+        squared_error: () sum of ‖x − x̂‖².
+        sparsity: () sum of the sparsity loss, with its coefficient.
+        statistics: detached sums.
+    """
+
+    x_hat: Tensor
+    squared_error: Tensor
+    sparsity: Tensor
+    statistics: SiteStatistics
+
+
+class SAELosses(NamedTuple):
+    """Losses of one head, each () and a mean over tokens.
+
+    Attributes:
+        reconstruction: R, mean of ‖x − x̂‖².
+        sparsity: S, with its coefficient.
+        auxiliary: A.
+        statistics: sums of the same tokens.
+    """
+
+    reconstruction: Tensor
+    sparsity: Tensor
+    auxiliary: Tensor
+    statistics: SiteStatistics
+
+
+class SAEHead(nn.Module, ABC):
+    """A sparse autoencoder on one site: x → features → x̂.
+
+    `W_dec` starts Kaiming-uniform with fan-in `d_in` (bound √(6 / d_in)), `W_enc` as its
+    transpose, biases at 0: the published initialisation.
+
+    Args:
+        config: shape, place and sparsity of the head.
+
+    Raises:
+        HeadConfigError: if the family lacks something in `config`.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(self, config: SAEHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.kernel = "auto"  # how losses are computed: see hf_saereg.kernels.pick
+        bound = math.sqrt(6 / config.d_in)
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in).uniform_(-bound, bound))
+        self.W_enc = nn.Parameter(
+            self.W_dec.detach().T.clone(memory_format=torch.contiguous_format)
+        )
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+
+    @abstractmethod
+    def selection(self) -> Selection:
+        """Which latents can have a value or a derivative other than zero."""
+
+    @abstractmethod
+    def activate(self, codes: Codes) -> Tensor:
+        """Feature activations in the layout of `codes`; 0 where the pre-activation is 0."""
+
+    @abstractmethod
+    def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
+        """Sparsity loss with its coefficient, () and a **sum** over tokens."""
+
+    def saelens_options(self) -> dict[str, Any]:
+        """What SAELens's configuration of this architecture holds beyond the common fields."""
+        return {}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations, (..., d_sae), of activations x, (..., d_in)."""
+        flat = x.reshape(-1, self.config.d_in)  # (tokens, d_in)
+        codes = kernels.dense.encode(flat - self.b_dec, self.W_enc, self.b_enc, self.selection())
+        return self.activate(codes).view(*x.shape[:-1], self.config.d_sae)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Reconstruction, (..., d_in), of feature activations (..., d_sae)."""
+        return features @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x, (..., d_in)."""
+        return self.decode(self.encode(x))
+
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        """Reconstruction by the kernel that losses use, with what it cost.
+
+        Args:
+            x: (tokens, d_in), without padding; computed in the dtype of the parameters.
+        """
+        x = x.to(self.W_enc.dtype)
+        selection = self.selection()
+        kernel = kernels.pick(self.kernel, selection, self.config.d_sae, self._density(x), x)
+        codes = kernel.encode(x - self.b_dec, self.W_enc, self.b_enc, selection)
+        values = self.activate(codes)
+        x_hat = kernel.decode(values, codes, self.W_dec, self.b_dec)  # (tokens, d_in)
+        squared_error = (x - x_hat).square().sum()
+        return Reconstruction(
+            x_hat=x_hat,
+            squared_error=squared_error,
+            sparsity=self.sparsity(codes, values),
+            statistics=self._statistics(x.detach(), squared_error.detach(), codes, values.detach()),
+        )
+
+    def losses(self, x: Tensor) -> SAELosses:
+        """Losses on the tokens x.
+
+        Args:
+            x: (tokens, d_in), without padding; computed in the dtype of the parameters.
+
+        Returns:
+            Means over tokens; all zero, and attached to the graph, when there is no token.
+        """
+        reconstruction = self.reconstruct(x)
+        tokens = max(len(x), 1)
+        return SAELosses(
+            reconstruction=reconstruction.squared_error / tokens,
+            sparsity=reconstruction.sparsity / tokens,
+            auxiliary=reconstruction.squared_error.new_zeros(()),
+            statistics=reconstruction.statistics,
+        )
+
+    @torch.no_grad()
+    def folded(self, scale: float) -> Self:
+        """A copy that reads x as this head reads `scale · x`, with the same features.
+
+        Args:
+            scale: what activations were multiplied by in training.
+        """
+        copy = type(self)(self.config).to(self.W_enc)
+        copy.load_state_dict(self.state_dict())
+        copy.W_enc.mul_(scale)
+        copy.W_dec.div_(scale)
+        copy.b_dec.div_(scale)
+        return copy
+
+    @torch.no_grad()
+    def _density(self, x: Tensor) -> float:
+        """Fraction of latents active on a few tokens of x: picks a kernel, so needs no state."""
+        if x.device.type != "cpu" or len(x) == 0:
+            return 1.0
+        sample = x[:: max(1, len(x) // DENSITY_SAMPLE)]
+        return (self.encode(sample) != 0).double().mean().item()
+
+    def _statistics(
+        self, x: Tensor, squared_error: Tensor, codes: Codes, values: Tensor
+    ) -> SiteStatistics:
+        return SiteStatistics(
+            tokens=torch.tensor(len(x), device=x.device),
+            squared_error=squared_error,
+            x_sum=x.sum(dim=0),
+            x_square=x.square().sum(),
+            x_norm=x.norm(dim=-1).sum(),
+            fired=codes.counts(values != 0, self.config.d_sae),
+        )

@@ -1,0 +1,54 @@
+"""How encode → select → decode and its gradients are computed, and the one place that picks how.
+
+Notable:
+- a kernel is a module with `encode` and `decode`; `dense` is the definition, `sparse` returns the
+  same values and gradients
+- `sparse` is imported when it is first used: it needs numba, which takes a while to load
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor, float32, float64
+
+from hf_saereg.kernels import dense
+from hf_saereg.kernels.codes import Above, Codes, LargestK, Selection
+
+KERNELS = ("auto", "dense", "sparse")
+
+_CROSSOVER = 0.1
+
+
+def pick(kernel: str, selection: Selection, d_sae: int, density: float, x: Tensor) -> ModuleType:
+    """The module whose `encode` and `decode` to use.
+
+    Stateless: near the crossover both kernels cost the same and return the same, so that changing
+    one's mind from step to step is harmless.
+
+    Args:
+        kernel: one of `KERNELS`.
+        selection: what the head selects; its own `k` says more than `density`.
+        d_sae: number of latents.
+        density: fraction of the latents that were active a token, as last measured.
+        x: the activations to encode.
+
+    Raises:
+        ValueError: if there is no such kernel.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
+    if kernel == "auto":
+        if isinstance(selection, LargestK):
+            density = selection.k / d_sae
+        fits = x.device.type == "cpu" and x.dtype in (float32, float64)
+        kernel = "sparse" if fits and density < _CROSSOVER else "dense"
+    return import_module(f"hf_saereg.kernels.{kernel}")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "sparse":
+        return import_module("hf_saereg.kernels.sparse")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["KERNELS", "Above", "Codes", "LargestK", "Selection", "dense", "pick", "sparse"]

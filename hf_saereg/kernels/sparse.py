@@ -1,0 +1,199 @@
+"""On a CPU: past the encoder product, all work in proportion to the active latents.
+
+Notable:
+- the encoder product is the only dense one of the six of a training step; it runs in chunks of
+  tokens small enough for the cache, and no (tokens, d_sae) array ever exists
+- values and gradients are those of `dense.py`, to rounding, and the same from run to run
+- under autocast the encoder product runs in its dtype, everything else in the dtype of x: more
+  exact than the dense definition there
+- threads are Python's own, as many as `torch.get_num_threads()`: compiled loops release the GIL,
+  any number of callers may share them, and a forked process starts its own
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from hf_saereg.kernels import sparse_loops as loops
+from hf_saereg.kernels.codes import Codes, LargestK, Selection
+
+_CHUNK = 2**21  # elements of the encoder product at once: the fastest of 2**19 … 2**23 on 2 cores
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
+    """Pre-activations of the selected latents.
+
+    Args:
+        x: (tokens, d_in), float32 or float64, on a CPU; `b_dec` already subtracted where a family
+            does so.
+        W_enc: (d_in, d_sae).
+        b_enc: (d_sae,).
+        selection: which latents may be non-zero.
+
+    Returns:
+        Sparse codes in the dtype of x.
+    """
+    return Codes(*_Encode.apply(x, W_enc, b_enc, selection))
+
+
+def decode(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Reconstruction, (tokens, d_in), of feature activations in the layout of `codes`.
+
+    Args:
+        values: (entries,).
+        codes: the sparse codes that `values` were computed from.
+        W_dec: (d_sae, d_in).
+        b_dec: (d_in,).
+    """
+    return _Decode.apply(values, codes.latents, codes.offsets, W_dec, b_dec)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pre, latents, offsets = _selected(x, W_enc, b_enc, selection)
+        ctx.save_for_backward(x, W_enc, latents, offsets)
+        ctx.mark_non_differentiable(latents, offsets)
+        return pre, latents, offsets
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, W_enc, latents, offsets = ctx.saved_tensors
+        entries = _array(grad), _array(latents), _array(offsets)
+        grad_x = grad_W = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            W = _array(W_enc.T)  # (d_sae, d_in)
+            _in_parts(loops.gather_rows, _even(len(x)), *entries, W, _array(grad_x))
+        if any(ctx.needs_input_grad[1:]):
+            grad_W = W_enc.new_zeros(W_enc.T.shape)  # (d_sae, d_in)
+            grad_b = W_enc.new_zeros(len(grad_W))
+            sums = _array(grad_W), _array(grad_b)
+            parts = _balanced(latents, len(grad_W))
+            _in_parts(loops.scatter_rows, parts, *entries, _array(x), *sums)
+            grad_W = grad_W.T
+        return grad_x, grad_W, grad_b, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        values: Tensor,
+        latents: Tensor,
+        offsets: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(values, latents, offsets, W_dec)
+        x_hat = b_dec.repeat(len(offsets) - 1, 1)  # (tokens, d_in)
+        entries = _array(values), _array(latents), _array(offsets)
+        _in_parts(loops.gather_rows, _even(len(x_hat)), *entries, _array(W_dec), _array(x_hat))
+        return x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, latents, offsets, W_dec = ctx.saved_tensors
+        entries = _array(values), _array(latents), _array(offsets)
+        grad_values = values.new_empty(values.shape)
+        grad_W = W_dec.new_zeros(W_dec.shape)
+        _in_parts(
+            loops.scatter_rows_and_dot,
+            _balanced(latents, len(W_dec)),
+            *entries,
+            _array(grad),
+            _array(W_dec),
+            _array(grad_W),
+            _array(grad_values),
+        )
+        return grad_values, None, None, grad_W, grad.sum(dim=0)
+
+
+def _selected(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The encoder product chunk by chunk, compacted: pre, latents, offsets."""
+    tokens, d_sae = len(x), len(b_enc)
+    if isinstance(selection, LargestK):
+        loop, limit = loops.select_largest, selection.k
+    else:
+        threshold = torch.as_tensor(selection.threshold, dtype=x.dtype)
+        loop, limit = loops.select_above, _array(threshold.expand(d_sae))
+    bias = _array(b_enc)
+    rows, W = x.to(_product_dtype(x)), W_enc.to(_product_dtype(x))
+
+    chunk = max(1, min(tokens, _CHUNK // d_sae))
+    # Room for every latent of a chunk; the system provides only the pages that are written.
+    pre = torch.empty(chunk * d_sae, dtype=x.dtype)
+    latents = torch.empty(chunk * d_sae, dtype=torch.int32)
+    offsets = torch.zeros(tokens + 1, dtype=torch.int64)  # counts, until summed up
+    found_pre, found_latents = [pre[:0]], [latents[:0]]
+    buffer = torch.empty(chunk, d_sae, dtype=W.dtype)
+    for first in range(0, tokens, chunk):
+        some_rows = rows[first : first + chunk]
+        product = torch.mm(some_rows, W, out=buffer[: len(some_rows)])
+        parts = _even(len(product))
+        out = _array(pre), _array(latents), _array(offsets[first + 1 :])
+        for (start, _), found in zip(
+            parts, _in_parts(loop, parts, _product_array(product), bias, limit, *out), strict=True
+        ):
+            entries = slice(start * d_sae, start * d_sae + found)
+            found_pre.append(pre[entries].clone())
+            found_latents.append(latents[entries].clone())
+    return torch.cat(found_pre), torch.cat(found_latents), offsets.cumsum(0)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    # float64 is left alone by autocast
+    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _product_array(product: Tensor) -> np.ndarray:
+    if product.dtype == torch.bfloat16:
+        return _array(product.view(torch.uint16))  # the loops widen it, numpy cannot
+    return _array(product.to(torch.promote_types(product.dtype, torch.float32)))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+def _even(size: int) -> list[tuple[int, int]]:
+    """As many equal ranges as there are threads, that cover `range(size)`."""
+    threads = torch.get_num_threads()
+    bounds = [size * i // threads for i in range(threads + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _balanced(latents: Tensor, d_sae: int) -> list[tuple[int, int]]:
+    """Ranges of latents that cover `range(d_sae)`, with about equally many entries in each."""
+    entries_up_to = torch.bincount(latents, minlength=d_sae).cumsum(0)
+    shares = torch.tensor([stop for _, stop in _even(len(latents))][:-1], dtype=torch.int64)
+    bounds = [0, *torch.searchsorted(entries_up_to, shares).tolist(), d_sae]
+    return list(itertools.pairwise(bounds))
+
+
+def _in_parts(loop: Callable, parts: list[tuple[int, int]], *arguments: Any) -> list:
+    """Results of `loop(start, stop, *arguments)`, one thread a part."""
+    others = [_pool(os.getpid(), len(parts)).submit(loop, *part, *arguments) for part in parts[1:]]
+    return [loop(*parts[0], *arguments), *(other.result() for other in others)]
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of its parent did not survive the fork."""
+    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix=f"saereg-{process}")

@@ -1,0 +1,296 @@
+"""GPT-2 that carries sparse autoencoders on its residual stream.
+
+Notable:
+- sites are read and patched by hooks before each block and before `ln_f`, under one context
+  manager; `hidden_states[-1]` is after `ln_f` and never used
+- the term is computed inside `forward`, so DDP and FSDP see every parameter used; without labels
+  (`generate`) the heads cost nothing
+- heads are attached after `transformers` has loaded and initialised the language model, so neither
+  can touch the other's weights
+- what is saved at the root is a plain `GPT2LMHeadModel`; the heads go to `saes/`
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import can_return_tuple
+
+from hf_saereg.configuration import gpt2_hook_names
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.heads.bank import HeadBank
+from hf_saereg.heads.folder import (
+    HEADS_FOLDER,
+    HeadFolderError,
+    check_matches,
+    load_head,
+    save_heads,
+    saved_hook_names,
+)
+from hf_saereg.regularizer import SiteTerm, regularization
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+
+# (batch, sequence, d_in) → what the stream continues with; None leaves it as it is
+SiteFunction = Callable[[Tensor], Tensor | None]
+
+
+@dataclass
+class SAERegOutput(CausalLMOutputWithCrossAttentions):
+    """A causal language model's output with the heads' losses beside it.
+
+    Args:
+        term: () regularization term, not part of `loss`; None when it was not asked for.
+        sites: each site's losses and part of the term, by hook name.
+    """
+
+    term: Tensor | None = None
+    sites: dict[str, SiteTerm] | None = None
+
+
+class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
+    """GPT-2 with one sparse autoencoder on each of some residual-stream sites.
+
+    Starts without heads: `attach_heads` adds them, `from_pretrained` loads saved ones.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers guesses it from the names of its own classes
+        self.heads = HeadBank()
+
+    @property
+    def hook_names(self) -> list[str]:
+        """All sites of this model, in stream order, with or without a head."""
+        return gpt2_hook_names(self.config.n_layer)
+
+    def attach_heads(self, configs: Iterable[SAEHeadConfig]) -> None:
+        """Put freshly initialised heads on the stream, in place of those that were there.
+
+        Args:
+            configs: one a site.
+
+        Raises:
+            HeadConfigError: if a site or width is not this model's, or a head cannot be made.
+        """
+        self._set_heads(HeadBank(make_head(config) for config in configs))
+
+    def _set_heads(self, heads: HeadBank) -> None:
+        for config in heads.configs:
+            if config.hook_name not in self.hook_names:
+                raise HeadConfigError(
+                    f"Unknown hook name {config.hook_name!r}; "
+                    f"this model has {', '.join(self.hook_names)}."
+                )
+            if config.d_in != self.config.n_embd:
+                raise HeadConfigError(
+                    f"The head on {config.hook_name} reads {config.d_in} dimensions, "
+                    f"the model's stream has {self.config.n_embd}."
+                )
+        self.heads = heads.to(self.device)
+
+    @contextmanager
+    def at_sites(self, functions: dict[str, SiteFunction]) -> Iterator[None]:
+        """Call a function on the activations at each named site, in every forward pass inside.
+
+        Args:
+            functions: by hook name; what a function returns replaces the activations from there on.
+
+        Raises:
+            KeyError: if a hook name is not one of `hook_names`.
+        """
+        modules = dict(
+            zip(self.hook_names, [*self.transformer.h, self.transformer.ln_f], strict=True)
+        )
+        handles = [
+            modules[hook_name].register_forward_pre_hook(_on_first_argument(function))
+            for hook_name, function in functions.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def reading(self, hook_names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Collect the activations at the named sites.
+
+        Args:
+            hook_names: which sites.
+
+        Yields:
+            A dictionary that each forward pass inside fills: (batch, sequence, d_in) by hook name.
+        """
+        activations: dict[str, Tensor] = {}
+        # dict.update returns None, so the stream goes on as it is
+        functions = {
+            hook_name: lambda x, hook_name=hook_name: activations.update({hook_name: x})
+            for hook_name in hook_names
+        }
+        with self.at_sites(functions):
+            yield activations
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        compute_term: bool | None = None,
+        **kwargs: Any,
+    ) -> SAERegOutput:
+        """GPT-2's forward pass, and the term of its heads.
+
+        Args:
+            input_ids: (batch, sequence).
+            attention_mask: (batch, sequence), 0 at padding, which no head sees; left or right.
+            labels: (batch, sequence), shifted inside, -100 where there is nothing to predict.
+            compute_term: whether to run the heads; by default where there are labels and heads.
+            **kwargs: as `GPT2LMHeadModel` takes them.
+
+        Raises:
+            ValueError: if the term is asked for with a mask that is not (batch, sequence).
+        """
+        if compute_term is None:
+            compute_term = labels is not None and len(self.heads) > 0
+        read = self.heads.hook_names if compute_term else []
+        with self.reading(read) as activations:
+            output = super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+            )
+        if not read:
+            return SAERegOutput(**output)
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; the heads need "
+                    "(batch, sequence) to tell tokens from padding."
+                )
+            sequence = activations[read[0]].shape[1]
+            attention_mask = attention_mask[:, -sequence:]  # the rest belongs to cached keys
+        term, sites = regularization(self.heads, activations, attention_mask)
+        return SAERegOutput(**output, term=term, sites=sites)
+
+    def plain_view(self) -> GPT2LMHeadModel:
+        """The language model alone, as stock GPT-2 that shares this one's parameters."""
+        with torch.device("meta"):
+            view = GPT2LMHeadModel(self.config)
+        view.transformer, view.lm_head = self.transformer, self.lm_head
+        view.generation_config = self.generation_config
+        return view.train(self.training)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        head_metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a plain GPT-2 checkpoint, and the heads below `saes/`.
+
+        Args:
+            save_directory: folder; created if absent.
+            is_main_process: only the main process writes.
+            state_dict: full state dictionary of this model, where it was gathered from shards.
+            push_to_hub: not supported here.
+            head_metadata: goes into every head's metadata: `dataset_path`, `model_name`, …
+            **kwargs: as `PreTrainedModel.save_pretrained` takes them.
+
+        Raises:
+            NotImplementedError: for `push_to_hub`, which would upload the language model alone.
+        """
+        if push_to_hub:
+            raise NotImplementedError(
+                "Save to a folder first, then upload it with huggingface_hub's upload_folder: "
+                "push_to_hub=True would leave the heads behind."
+            )
+        if state_dict is not None:
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("heads.")}
+        self.plain_view().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        if is_main_process:
+            metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
+            save_heads(self.heads, Path(save_directory), metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        heads: Sequence[SAEHeadConfig] | None = None,
+        **kwargs: Any,
+    ) -> "SAERegGPT2LMHeadModel | tuple[SAERegGPT2LMHeadModel, dict[str, Any]]":
+        """Load any GPT-2 checkpoint, with its heads if it has some.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository.
+            *model_args: as `PreTrainedModel.from_pretrained` takes them.
+            heads: attach fresh heads like these where none are saved; where some are, they must be
+                like these.
+            **kwargs: as `PreTrainedModel.from_pretrained` takes them.
+
+        Returns:
+            The model, with `output_loading_info=True` a pair as `transformers` returns it.
+
+        Raises:
+            HeadFolderError: if saved heads are damaged, or not what `heads` describes.
+            HeadConfigError: if heads do not fit the model.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        checkpoint = _checkpoint_folder(pretrained_model_name_or_path, kwargs)
+        if saved_hook_names(checkpoint):
+            model.load_heads(checkpoint, expected=heads)
+        elif heads is not None:
+            model.attach_heads(heads)
+        return loaded
+
+    def load_heads(self, checkpoint: Path, expected: Sequence[SAEHeadConfig] | None = None) -> None:
+        """Put the heads saved in a checkpoint on the stream, in place of those that were there.
+
+        Args:
+            checkpoint: folder that holds `saes/`.
+            expected: what the saved heads must be like.
+
+        Raises:
+            HeadFolderError: if a folder is damaged, or the heads are not what is expected.
+            HeadConfigError: if a head does not fit this model.
+        """
+        loaded = [load_head(checkpoint, hook_name) for hook_name in saved_hook_names(checkpoint)]
+        if expected is not None:
+            check_matches([head.config for head in loaded], expected)
+        order = {hook_name: i for i, hook_name in enumerate(self.hook_names)}
+        loaded.sort(key=lambda head: order.get(head.config.hook_name, -1))
+        self._set_heads(HeadBank(loaded))
+
+
+def _on_first_argument(function: SiteFunction) -> Callable[[nn.Module, tuple], tuple | None]:
+    def pre_hook(_module: nn.Module, args: tuple) -> tuple | None:
+        replacement = function(args[0])
+        return None if replacement is None else (replacement, *args[1:])
+
+    return pre_hook
+
+
+def _checkpoint_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
+    """Folder of the checkpoint; from the Hub only its heads are fetched."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+        pattern = f"{HEADS_FOLDER}/*"
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[pattern], **hub_options))
+    return folder / options.get("subfolder", "")
+
+
+__all__ = ["HeadFolderError", "SAERegGPT2LMHeadModel", "SAERegOutput", "SiteFunction"]

@@ -1,0 +1,94 @@
+"""Options of a recipe: a YAML file for the defaults, the command line over it.
+
+Notable:
+- the options are dataclasses, read by `HfArgumentParser`; the file is flat, one key an option
+- a key that no option has is an error that names the nearest one, in the file as on the line
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_saereg.errors import UserError
+
+
+class OptionsError(UserError):
+    """The options of a recipe cannot be used; the message says why."""
+
+
+def parse_options(
+    classes: Sequence[type], arguments: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """Read options from the file named by `--config`, overridden by the command line.
+
+    Args:
+        classes: dataclasses, as `HfArgumentParser` takes them.
+        arguments: command line without the program; `sys.argv[1:]` by default.
+
+    Returns:
+        One instance of each class.
+
+    Raises:
+        OptionsError: if the file is missing or no mapping, or an option is unknown.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path, help="YAML file with any of the options below")
+    found, arguments = config.parse_known_args(arguments)
+    parser.epilog = "--config FILE reads any of these options from a YAML file."
+    if found.config is not None:
+        options = _read_yaml(found.config)
+        _check_known(list(options), names, str(found.config))
+        parser.set_defaults(**options)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    flags = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
+    _check_known(flags, names, "the command line")
+    if unknown:
+        raise OptionsError(f"Cannot make sense of {' '.join(unknown)!r} on the command line.")
+    return tuple(parsed)
+
+
+def as_record(options: Sequence[Any]) -> dict[str, Any]:
+    """All options as one JSON-serialisable dictionary, as `run.json` keeps them.
+
+    Args:
+        options: instances of option dataclasses; secrets of `TrainingArguments` are masked by it.
+    """
+    record: dict[str, Any] = {}
+    for instance in options:
+        is_training = isinstance(instance, TrainingArguments)
+        record |= instance.to_sanitized_dict() if is_training else dataclasses.asdict(instance)
+    return {
+        name: value.value if isinstance(value, Enum) else value for name, value in record.items()
+    }
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionsError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionsError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise OptionsError(f"{path} must hold a mapping of option names to values.")
+    return options
+
+
+def _check_known(keys: Sequence[str], names: set[str], source: str) -> None:
+    for key in keys:
+        if key.removeprefix("no_") not in names:
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+            raise OptionsError(f"Unknown option {key!r} in {source}; did you mean {nearest!r}?")

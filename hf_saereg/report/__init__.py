@@ -1,0 +1,34 @@
+"""From `results.json` to figures and a page: what regularization bought, and what it cost.
+
+    results.json -> results -> verdict -> findings -> page <- figures
+
+What is notable:
+
+- Importing this package imports neither matplotlib nor jinja2; `write_report` does, and says what
+  to install where they are missing (`pip install 'hf-saereg[report]'`).
+- The verdicts need no plotting and can be had alone.
+"""
+
+from hf_saereg.report.page import write_report
+from hf_saereg.report.results import ReportError, Results, read_results
+from hf_saereg.report.verdict import (
+    Comparison,
+    Convergence,
+    Outcome,
+    compare_compound,
+    compare_sites,
+    measure_convergence,
+)
+
+__all__ = [
+    "Comparison",
+    "Convergence",
+    "Outcome",
+    "ReportError",
+    "Results",
+    "compare_compound",
+    "compare_sites",
+    "measure_convergence",
+    "read_results",
+    "write_report",
+]

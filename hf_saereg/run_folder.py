@@ -1,0 +1,124 @@
+"""A run's folder: `run.json` says what it holds, and nothing in it is overwritten by another run.
+
+Notable:
+- resolved options, versions, commit, seed, processes, device and time are enough to run it again
+- a folder is continued only by the same options
+- JSON is written beside its place and moved there: a killed process leaves the old file or the new
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_saereg.errors import UserError
+
+RUN_FILE = "run.json"
+PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numba")
+# what may differ between a run and its continuation: how it is watched, not what it computes
+CONTINUATION_OPTIONS = {"resume_from_checkpoint", "disable_tqdm", "logging_dir"}
+
+
+class RunFolderError(UserError):
+    """An output folder cannot be used; the message says why."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one move, so that no reader ever finds half a file.
+
+    Args:
+        path: in an existing folder.
+        content: JSON-serialisable.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2))
+    unfinished.replace(path)
+
+
+def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> None:
+    """Check that a folder is free for a run, or is this run's own. Writes nothing.
+
+    Args:
+        folder: need not exist.
+        options: resolved options, JSON-serialisable.
+        resume: whether a folder of the same run may be continued.
+
+    Raises:
+        RunFolderError: if it holds another run, this one without `resume`, or other files.
+    """
+    if not (folder / RUN_FILE).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunFolderError(
+                f"{folder} is not empty and holds no {RUN_FILE}; choose another output_dir."
+            )
+        return
+    before = json.loads((folder / RUN_FILE).read_text())["options"]
+    options = json.loads(json.dumps(options))
+    for name in sorted(before.keys() | options.keys() - CONTINUATION_OPTIONS):
+        if name not in CONTINUATION_OPTIONS and before.get(name) != options.get(name):
+            raise RunFolderError(
+                f"{folder} holds another run ({name} was {before.get(name)!r}, now "
+                f"{options.get(name)!r}); choose another output_dir or delete that folder."
+            )
+    if not resume:
+        raise RunFolderError(
+            f"{folder} already holds this run; add --resume_from_checkpoint true to continue it, "
+            "or choose another output_dir."
+        )
+
+
+def finished_figures(folder: Path) -> dict[str, Any] | None:
+    """The figures that a finished run left in `run.json`; None while it is not finished.
+
+    Args:
+        folder: need not exist.
+    """
+    path = folder / RUN_FILE
+    return json.loads(path.read_text()).get("figures") if path.is_file() else None
+
+
+def write_run(
+    folder: Path,
+    arguments: TrainingArguments,
+    options: dict[str, Any],
+    figures: dict[str, Any] | None = None,
+) -> None:
+    """Write `run.json`.
+
+    Args:
+        folder: created if absent.
+        arguments: of the run's processes, device and seed.
+        options: resolved options, JSON-serialisable.
+        figures: what came out, `wall_seconds` among them; given once the run is finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "seed": arguments.seed,
+        "world_size": arguments.world_size,
+        "device": str(arguments.device),
+        "wall_seconds": figures and figures["wall_seconds"],
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+        "threads": torch.get_num_threads(),
+        "options": options,
+        "figures": figures,
+    }
+    write_json(folder / RUN_FILE, record)
+
+
+def _git_commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None

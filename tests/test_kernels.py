@@ -1,0 +1,225 @@
+"""Every kernel returns the dense definition's values and gradients."""
+
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_saereg import kernels
+from hf_saereg.heads import SAEHead, SAEHeadConfig, make_head
+from hf_saereg.kernels import Above, LargestK, dense, sparse
+
+ARCHITECTURES = ("standard", "topk")
+
+
+def head_and_tokens(architecture, tokens, d_in, d_sae, k=1, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    config = SAEHeadConfig(architecture, "a site", d_in, d_sae, sparsity_coefficient=0.3, k=k)
+    head = make_head(config).to(dtype)
+    with torch.no_grad():
+        head.b_enc.normal_()
+        head.b_dec.normal_()
+    return head, torch.randn(tokens, d_in, dtype=dtype)
+
+
+def losses_and_gradients(head: SAEHead, x, kernel, autocast=False):
+    """The two losses, then the gradients of x and of every parameter."""
+    head.kernel = kernel
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        losses = head.losses(x)
+        reconstruction, sparsity = losses.reconstruction, losses.sparsity
+        term = reconstruction + sparsity
+    gradients = torch.autograd.grad(term, [x, *head.parameters()], materialize_grads=True)
+    return [reconstruction.detach(), sparsity.detach(), *gradients]
+
+
+def relative_errors(measured, reference):
+    return [
+        ((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+        for ours, theirs in zip(measured, reference, strict=True)
+    ]
+
+
+def assert_equal_to_dense(head, x):
+    expected = losses_and_gradients(head, x, "dense")
+    for ours, theirs in zip(losses_and_gradients(head, x, "sparse"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(0, 70),
+    d_in=st.integers(1, 20),
+    d_sae=st.integers(1, 150),
+    data=st.data(),
+    seed=st.integers(0, 10**6),
+)
+def test_float64_losses_and_gradients_are_the_dense_ones(
+    architecture, tokens, d_in, d_sae, data, seed
+):
+    k = data.draw(st.integers(1, d_sae))
+    assert_equal_to_dense(*head_and_tokens(architecture, tokens, d_in, d_sae, k, seed))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_chunks(architecture, monkeypatch):
+    monkeypatch.setattr(sparse, "_CHUNK", 1000)
+    assert_equal_to_dense(*head_and_tokens(architecture, 101, 6, 67, k=5))
+
+
+@pytest.mark.parametrize("b_enc", [-1e6, 1e6], ids=["no latent active", "all active"])
+def test_extreme_densities(b_enc):
+    head, x = head_and_tokens("standard", 33, 5, 19)
+    with torch.no_grad():
+        head.b_enc.fill_(b_enc)
+    expected = losses_and_gradients(head, x, "dense")
+    errors = relative_errors(losses_and_gradients(head, x, "sparse"), expected)
+    assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_layout_of_x_does_not_matter(architecture):
+    head, x = head_and_tokens(architecture, 40, 8, 30, k=4)
+    assert_equal_to_dense(head, x.T.contiguous().T)
+    assert_equal_to_dense(head, x[::3])
+    assert_equal_to_dense(head, x[:1].expand(7, -1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
+    head, x = head_and_tokens(architecture, 2000, 64, 512, k=20)
+    with torch.no_grad():
+        head.b_enc -= 3
+    reference = losses_and_gradients(head, x, "dense")
+    head, x = head.float(), x.float()
+    dense_errors = relative_errors(losses_and_gradients(head, x, "dense", autocast), reference)
+    errors = relative_errors(losses_and_gradients(head, x, "sparse", autocast), reference)
+    for error, dense_error in zip(errors, dense_errors, strict=True):
+        assert error <= 2 * dense_error + 1e-6
+
+
+@pytest.mark.parametrize("selection", [Above(0.1), LargestK(3)])
+def test_gradcheck(selection):
+    torch.manual_seed(0)
+    x, W_enc, W_dec, b_enc, b_dec = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(5, 4), (4, 7), (7, 4), (7,), (4,)]
+    )
+
+    def reconstruction(x, W_enc, b_enc, W_dec, b_dec):
+        codes = sparse.encode(x, W_enc, b_enc, selection)
+        return sparse.decode(codes.pre.square(), codes, W_dec, b_dec)
+
+    assert torch.autograd.gradcheck(reconstruction, (x, W_enc, b_enc, W_dec, b_dec))
+
+
+def test_per_latent_thresholds():
+    torch.manual_seed(0)
+    x, W_enc, b_enc = torch.randn(50, 6), torch.randn(6, 41), torch.randn(41)
+    thresholds = torch.randn(41, requires_grad=True)
+    pre = dense.encode(x, W_enc, b_enc, Above(thresholds)).pre
+    codes = sparse.encode(x, W_enc, b_enc, Above(thresholds))
+    selected = pre > thresholds
+    torch.testing.assert_close(codes.pre, pre[selected])
+    torch.testing.assert_close(codes.latents.long(), selected.nonzero()[:, 1])
+    torch.testing.assert_close(codes.offsets[1:], selected.sum(1).cumsum(0))
+    torch.testing.assert_close(codes.counts(codes.pre > 0.5, 41), (selected & (pre > 0.5)).sum(0))
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 100])
+@pytest.mark.parametrize("values", [torch.tensor([0.0]), torch.tensor([-1.0, 0.0, 2.0])])
+def test_ties_select_exactly_k_of_the_largest(k, values):
+    torch.manual_seed(0)
+    pre = values[torch.randint(len(values), (30, 100))]
+    codes = sparse.encode(pre, torch.eye(100), torch.zeros(100), LargestK(k))
+    assert codes.offsets.diff().eq(k).all()
+    assert len(set(zip(torch.arange(30).repeat_interleave(k).tolist(), codes.latents.tolist(),
+                       strict=True))) == 30 * k  # fmt: skip
+    largest = pre.topk(k).values.sort().values
+    torch.testing.assert_close(codes.pre.view(30, k).sort().values, largest)
+
+
+@pytest.mark.parametrize("selection", [Above(0.0), LargestK(2)])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_what_is_not_finite_is_selected(selection, bad):
+    b_enc = torch.full((20,), -1.0)
+    b_enc[7] = bad
+    codes = sparse.encode(torch.zeros(3, 2), torch.zeros(2, 20), b_enc, selection)
+    assert (codes.latents == 7).sum() == 3
+    assert not codes.pre[codes.latents == 7].isfinite().any()
+
+
+def test_the_same_from_run_to_run_and_for_any_number_of_threads():
+    head, x = head_and_tokens("standard", 3000, 16, 100, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    first = losses_and_gradients(head, x, "sparse")
+    for _ in range(3):
+        again = losses_and_gradients(head, x, "sparse")
+        assert all(map(torch.equal, first, again))
+    try:
+        torch.set_num_threads(3)
+        codes = sparse.encode(x, head.W_enc, head.b_enc, Above(0.0))
+        grad_3 = torch.autograd.grad(codes.pre.sum(), head.W_enc)[0]
+        torch.set_num_threads(1)
+        grad_1 = torch.autograd.grad(
+            sparse.encode(x, head.W_enc, head.b_enc, Above(0.0)).pre.sum(), head.W_enc
+        )[0]
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(grad_1, grad_3)
+
+
+def _fork_target(queue):
+    torch.set_num_threads(2)
+    codes = sparse.encode(torch.ones(9, 2), torch.ones(2, 5), torch.zeros(5), LargestK(2))
+    queue.put(codes.pre.tolist())
+
+
+def test_works_in_a_forked_process():
+    # as in the workers of a DataLoader: the parent's threads do not exist there
+    sparse.encode(torch.ones(9, 2), torch.ones(2, 5), torch.zeros(5), LargestK(2))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_fork_target, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60) == [2.0] * 18
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
+def test_importing_the_kernels_does_not_import_numba():
+    code = "import sys, hf_saereg.kernels; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "selection", "density", "dtype", "picked"),
+    [
+        ("auto", Above(), 0.01, torch.float32, sparse),
+        ("auto", Above(), 1.0, torch.float32, dense),
+        ("auto", LargestK(5), 1.0, torch.float64, sparse),
+        ("auto", LargestK(500), 0.0, torch.float32, dense),
+        ("auto", Above(), 0.01, torch.bfloat16, dense),
+        ("dense", Above(), 0.01, torch.float32, dense),
+        ("sparse", Above(), 1.0, torch.float32, sparse),
+    ],
+)
+def test_pick(kernel, selection, density, dtype, picked):
+    x = torch.zeros(1, 1, dtype=dtype)
+    assert kernels.pick(kernel, selection, 512, density, x) is picked
+
+
+def test_pick_is_dense_on_other_devices():
+    assert kernels.pick("auto", Above(), 512, 0.0, torch.zeros(1, 1, device="meta")) is dense
+
+
+def test_pick_names_the_kernels_when_there_is_no_such_one():
+    with pytest.raises(ValueError, match="'fast'; choose one of auto, dense, sparse"):
+        kernels.pick("fast", Above(), 512, 0.5, torch.zeros(1, 1))
