@@ -10,6 +10,7 @@ Notable:
 import json
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainingArguments
 
-from hf_saereg.configuration import HeadsArguments
+from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments, collate_blocks
 from hf_saereg.fidelity import Batch, Fidelity, baselines, fidelity
 from hf_saereg.heads.bank import HeadBank
@@ -137,7 +138,7 @@ def describe_setup(
     config: GPT2Config,
     blocks: DatasetDict,
 ) -> dict[str, Any]:
-    """What the page says of a run, in words.
+    """What the page says of a run, in words; checks the sizes of the fresh heads on the way.
 
     Args:
         arguments: of the training.
@@ -146,7 +147,11 @@ def describe_setup(
         fresh: heads fitted afterwards.
         config: of the language model.
         blocks: `train` and `validation`.
+
+    Raises:
+        HeadConfigError: if the fresh heads' sizes do not fit the sites.
     """
+    fresh_d_sae = fresh.d_sae_by_site(gpt2_hook_names(config.n_layer)).values()
     sparsity = f"k {_listed(heads.k)}" if heads.k else f"c {_listed(heads.sparsity_coefficient)}"
     devices = f"{arguments.world_size} × {arguments.device.type}"
     return {
@@ -163,7 +168,8 @@ def describe_setup(
         f"context {config.n_positions}",
         "regularizer": f"{heads.architecture} heads, d_sae {_listed(heads.d_sae)}, {sparsity}, "
         f"λ {_listed(heads.reconstruction_weight)}",
-        "fresh": f"{', '.join(cell.name for cell in fresh.cells())}; d_sae {fresh.fresh_d_sae}, "
+        "fresh": f"{', '.join(cell.name for cell in fresh.cells())}; "
+        f"d_sae {_listed(dict.fromkeys(fresh_d_sae))}, "
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
         f"fidelity on {min(fresh.fidelity_blocks, len(blocks['validation']))} blocks",
         "seed": arguments.seed,
@@ -173,7 +179,7 @@ def describe_setup(
     }
 
 
-def _listed(values: list[float]) -> str:
+def _listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 

@@ -83,10 +83,10 @@ class HeadsArguments:
             )
             for hook_name, d_sae, k, sparsity_coefficient, reconstruction_weight in zip(
                 hook_names,
-                _one_a_site("d_sae", self.d_sae, len(hook_names)),
-                _one_a_site("k", self.k or [None], len(hook_names)),
-                _one_a_site("sparsity_coefficient", self.sparsity_coefficient, len(hook_names)),
-                _one_a_site("reconstruction_weight", self.reconstruction_weight, len(hook_names)),
+                one_a_site("d_sae", self.d_sae, len(hook_names)),
+                one_a_site("k", self.k or [None], len(hook_names)),
+                one_a_site("sparsity_coefficient", self.sparsity_coefficient, len(hook_names)),
+                one_a_site("reconstruction_weight", self.reconstruction_weight, len(hook_names)),
                 strict=True,
             )
         ]
@@ -113,7 +113,31 @@ class CharacterModelArguments:
         )
 
 
-def _one_a_site(name: str, values: list[T], n_sites: int) -> list[T]:
+@dataclass
+class TwinArguments:
+    """How the plain twin's training differs from the regularized model's."""
+
+    plain_warmup_steps: float | None = field(
+        default=None, metadata={"help": "Warm-up of the plain model, where it is another."}
+    )
+
+    def warmup_steps_of(self, name: str, warmup_steps: float) -> float:
+        """Warm-up of the model `plain` or `regularized`, where that of both is `warmup_steps`."""
+        own = self.plain_warmup_steps if name == "plain" else None
+        return warmup_steps if own is None else own
+
+
+def one_a_site(name: str, values: list[T], n_sites: int) -> list[T]:
+    """A list with one value a site.
+
+    Args:
+        name: of the option, for the message.
+        values: one for all sites, or one a site.
+        n_sites: number of sites.
+
+    Raises:
+        HeadConfigError: if there are neither.
+    """
     if len(values) == 1:
         return values * n_sites
     if len(values) != n_sites:

@@ -24,13 +24,11 @@ class OptionsError(UserError):
     """The options of a recipe cannot be used; the message says why."""
 
 
-def parse_options(
-    classes: Sequence[type], arguments: Sequence[str] | None = None
-) -> tuple[Any, ...]:
+def parse_options(*classes: type, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Read options from the file named by `--config`, overridden by the command line.
 
     Args:
-        classes: dataclasses, as `HfArgumentParser` takes them.
+        *classes: dataclasses, as `HfArgumentParser` takes them.
         arguments: command line without the program; `sys.argv[1:]` by default.
 
     Returns:

@@ -89,7 +89,7 @@ def write_run(
     options: dict[str, Any],
     figures: dict[str, Any] | None = None,
 ) -> None:
-    """Write `run.json`.
+    """Write `run.json`, on the main process alone.
 
     Args:
         folder: created if absent.
@@ -97,6 +97,8 @@ def write_run(
         options: resolved options, JSON-serialisable.
         figures: what came out, `wall_seconds` among them; given once the run is finished.
     """
+    if not arguments.should_save:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "seed": arguments.seed,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_saereg.configuration import one_a_site
 from hf_saereg.corpora import collate_blocks
 from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
@@ -41,7 +42,10 @@ class FreshHeadsArguments:
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
         metadata={"help": "One standard head a value of c, on activations of mean norm √d_in."},
     )
-    fresh_d_sae: int = field(default=512, metadata={"help": "Latents a fresh head."})
+    fresh_d_sae: list[int] = field(
+        default_factory=lambda: [512],
+        metadata={"help": "Latents a fresh head: one value for all sites or one a site."},
+    )
     fresh_steps: int = field(default=1200, metadata={"help": "Training steps of the fresh heads."})
     fresh_batch_size: int = field(default=32, metadata={"help": "Blocks a step."})
     fresh_learning_rate: float = field(
@@ -53,10 +57,19 @@ class FreshHeadsArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("fresh_steps", "fresh_batch_size", "fresh_d_sae", "fidelity_blocks"):
+        for name in ("fresh_steps", "fresh_batch_size", "fidelity_blocks"):
             if getattr(self, name) < 1:
                 raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         self.cells()
+
+    def d_sae_by_site(self, hook_names: list[str]) -> dict[str, int]:
+        """Latents a fresh head, by hook name.
+
+        Raises:
+            HeadConfigError: if there is neither one value nor one a site.
+        """
+        sizes = one_a_site("fresh_d_sae", self.fresh_d_sae, len(hook_names))
+        return dict(zip(hook_names, sizes, strict=True))
 
     def cells(self) -> list["Cell"]:
         """The grid, in a fixed order.
@@ -70,7 +83,8 @@ class FreshHeadsArguments:
             for sparsity in (self.fresh_k if architecture == "topk" else self.fresh_coefficient)
         ]
         for cell in grid:
-            cell.head("blocks.0.hook_resid_pre", 1, self.fresh_d_sae)
+            for d_sae in self.fresh_d_sae:
+                cell.head("blocks.0.hook_resid_pre", 1, d_sae)
         return grid
 
 
@@ -134,9 +148,8 @@ def train_fresh_heads(
     model = model.eval()
     batches = _endless_batches(blocks, arguments.fresh_batch_size, seed)
     means, scales = _site_scaling(model, batches)
-    grid = {
-        cell: _fresh_bank(model, cell, arguments.fresh_d_sae, means) for cell in arguments.cells()
-    }
+    d_sae = arguments.d_sae_by_site(model.hook_names)
+    grid = {cell: _fresh_bank(cell, d_sae, means) for cell in arguments.cells()}
     optimizer = torch.optim.Adam(
         [parameter for bank in grid.values() for parameter in bank.parameters()],
         lr=arguments.fresh_learning_rate,
@@ -193,14 +206,14 @@ def _site_scaling(
     return means, scales
 
 
-def _fresh_bank(
-    model: SAERegGPT2LMHeadModel, cell: Cell, d_sae: int, means: dict[str, Tensor]
-) -> HeadBank:
-    d_in = model.config.n_embd
-    bank = HeadBank(make_head(cell.head(name, d_in, d_sae)) for name in model.hook_names)
-    for head in bank:
-        head.b_dec.data.copy_(means[head.config.hook_name])
-    return bank.to(model.device)
+def _fresh_bank(cell: Cell, d_sae: dict[str, int], means: dict[str, Tensor]) -> HeadBank:
+    bank = HeadBank(
+        make_head(cell.head(hook_name, len(mean), d_sae[hook_name]))
+        for hook_name, mean in means.items()
+    )
+    for hook_name, mean in means.items():
+        bank[hook_name].to(mean.device).b_dec.data.copy_(mean)
+    return bank
 
 
 def _folded(grid: dict[Cell, HeadBank], scales: dict[str, float]) -> dict[Cell, HeadBank]:

@@ -55,7 +55,7 @@ class SAERegArguments(TrainingArguments):
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser needs it first)
         default="tensorboard", metadata={"help": "Where scalars go."}
     )
     kernel: str = field(

@@ -2,21 +2,20 @@
 
     accelerate launch recipes/train_character.py --config recipes/character_demo.yaml
 
-Writes to `output_dir`: `plain/` and `regularized/` (checkpoints), `fresh/` (SAEs fitted on the
-frozen models afterwards), `results.json`, and `index.html`, the page to open. With
-`--resume_from_checkpoint true` an interrupted run goes on where it was.
+Writes to `output_dir`: checkpoints `plain/` and `regularized/`, SAEs fitted on them afterwards in
+`fresh/`, `results.json`, and `index.html`, the page to open. An interrupted run goes on where it
+was with `--resume_from_checkpoint true`.
 """
 
 import copy
 import time
 from pathlib import Path
-from typing import Any
 
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_saereg.comparison import compare_models, describe_setup
-from hf_saereg.configuration import CharacterModelArguments, HeadsArguments
+from hf_saereg.configuration import CharacterModelArguments, HeadsArguments, TwinArguments
 from hf_saereg.corpora import CorpusArguments, character_tokenizer, collate_blocks, load_blocks
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
@@ -32,8 +31,8 @@ def train(
     arguments: SAERegArguments,
     blocks: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
-    options: dict[str, Any],
-) -> dict[str, Any]:
+    options: dict[str, object],
+) -> dict[str, float]:
     """Train one model into its own folder, or go on with it; returns the figures of its run."""
     folder, start = Path(arguments.output_dir), time.monotonic()
     if figures := finished_figures(folder):
@@ -47,21 +46,25 @@ def train(
         processing_class=tokenizer,
         head_metadata={"model_name": folder.name, "dataset_path": options["dataset"]},
     )
-    if arguments.should_save:
-        write_run(folder, arguments, options)
+    write_run(folder, arguments, options)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     trainer.save_model()
     figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
-    if arguments.should_save:
-        write_run(folder, arguments, options, figures)
+    write_run(folder, arguments, options, figures)
     return figures
 
 
 def main() -> None:
     """Run the job that the options describe."""
-    chosen = (SAERegArguments, HeadsArguments, CorpusArguments, CharacterModelArguments)
-    parsed = parse_options((*chosen, FreshHeadsArguments))
-    arguments, heads, corpus, shape, fresh = parsed
+    parsed = parse_options(
+        SAERegArguments,
+        HeadsArguments,
+        TwinArguments,
+        CorpusArguments,
+        CharacterModelArguments,
+        FreshHeadsArguments,
+    )
+    arguments, heads, twin, corpus, shape, fresh = parsed
     options, output_dir, start = as_record(parsed), Path(arguments.output_dir), time.monotonic()
     with arguments.main_process_first():
         if arguments.should_save:
@@ -69,21 +72,21 @@ def main() -> None:
         tokenizer = character_tokenizer(corpus.block_size)
         blocks = load_blocks(corpus, tokenizer)
     config = shape.config(corpus.block_size, tokenizer)
+    setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
     models, trained = {}, {}
     for name, head_configs in (("plain", []), ("regularized", heads.head_configs(config))):
         set_seed(arguments.seed)
         models[name] = SAERegGPT2LMHeadModel(config)
         models[name].attach_heads(head_configs)
-    if arguments.should_save:
-        write_run(output_dir, arguments, options)
+    write_run(output_dir, arguments, options)
     for name, model in models.items():
         own = copy.copy(arguments)
         own.output_dir = str(output_dir / name)
+        own.warmup_steps = twin.warmup_steps_of(name, arguments.warmup_steps)
         trained[name] = train(model, own, blocks, tokenizer, options)
         models[name] = SAERegGPT2LMHeadModel.from_pretrained(own.output_dir)
     if not arguments.should_save:
         return
-    setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
     results = compare_models(models, trained, blocks, fresh, setup, output_dir / "fresh")
     write_json(output_dir / "results.json", results)
     page = write_report(results, output_dir)

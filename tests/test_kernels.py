@@ -101,8 +101,10 @@ def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
     head, x = head.float(), x.float()
     dense_errors = relative_errors(losses_and_gradients(head, x, "dense", autocast), reference)
     errors = relative_errors(losses_and_gradients(head, x, "sparse", autocast), reference)
+    # the errors of the losses, two numbers, are partly luck: hence some slack
+    slack = 1e-3 if autocast else 1e-6
     for error, dense_error in zip(errors, dense_errors, strict=True):
-        assert error <= 2 * dense_error + 1e-6
+        assert error <= 1.5 * dense_error + slack
 
 
 @pytest.mark.parametrize("selection", [Above(0.1), LargestK(3)])

@@ -49,7 +49,10 @@ class Codes(NamedTuple):
 
     def at(self, per_latent: Tensor) -> Tensor:
         """A (d_sae,) parameter in the shape of `pre` (broadcastable when dense)."""
-        return per_latent if self.latents is None else per_latent[self.latents]
+        if self.latents is None:
+            return per_latent
+        # not per_latent[latents], whose gradient is summed in an order that varies on a CPU
+        return per_latent.index_select(0, self.latents)
 
     def counts(self, active: Tensor, d_sae: int) -> Tensor:
         """Number of tokens on which each latent is active, (d_sae,) int64.
@@ -60,4 +63,5 @@ class Codes(NamedTuple):
         """
         if self.latents is None:
             return active.sum(dim=0)
-        return torch.bincount(self.latents[active], minlength=d_sae)
+        counts = torch.zeros(d_sae, dtype=torch.int64, device=active.device)
+        return counts.index_add_(0, self.latents, active.long())

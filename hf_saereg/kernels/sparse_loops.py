@@ -29,15 +29,19 @@ def _compiled(loop: Callable) -> Callable:
         return njit(**options)(loop)
 
 
-def _widen(raw):
+def _widen(raw: float) -> float:
     """A number of the encoder product; bfloat16 arrives as its 16 bits, unknown to numpy."""
 
 
 @overload(_widen, inline="always")
-def _widen_compiled(raw):
-    if raw == types.uint16:
-        return lambda raw: np.uint32(np.uint32(raw) << np.uint32(16)).view(np.float32)
-    return lambda raw: raw
+def _widen_by_type(raw: float) -> Callable:
+    def as_it_is(raw: float) -> float:
+        return raw
+
+    def from_bfloat16(raw: float) -> float:
+        return np.uint32(np.uint32(raw) << np.uint32(16)).view(np.float32)
+
+    return from_bfloat16 if raw == types.uint16 else as_it_is
 
 
 @_compiled
