@@ -31,7 +31,8 @@ class HeadsArguments:
     """
 
     architecture: str = field(
-        default="topk", metadata={"help": "Family of the heads: standard or topk."}
+        default="topk",
+        metadata={"help": "Family of the heads: standard, gated, jumprelu, topk or batchtopk."},
     )
     hook_names: list[str] | None = field(
         default=None,
@@ -39,14 +40,19 @@ class HeadsArguments:
     )
     d_sae: list[int] = field(default_factory=lambda: [512], metadata={"help": "Latents a head."})
     k: list[int] | None = field(
-        default=None, metadata={"help": "Active latents a token (topk heads)."}
+        default=None, metadata={"help": "Active latents a token (topk and batchtopk heads)."}
     )
     sparsity_coefficient: list[float] = field(
         default_factory=lambda: [0.0],
-        metadata={"help": "c, the weight of the L1 penalty (standard heads)."},
+        metadata={
+            "help": "c, the weight of the sparsity loss (standard, gated and jumprelu heads)."
+        },
     )
     reconstruction_weight: list[float] = field(
         default_factory=lambda: [3.0], metadata={"help": "λ, the weight of R + A in the term."}
+    )
+    bandwidth: float = field(
+        default=0.1, metadata={"help": "ε, the straight-through window of jumprelu heads."}
     )
 
     def head_configs(self, model_config: GPT2Config) -> list[SAEHeadConfig]:
@@ -80,6 +86,7 @@ class HeadsArguments:
                 k=k,
                 sparsity_coefficient=sparsity_coefficient,
                 reconstruction_weight=reconstruction_weight,
+                bandwidth=self.bandwidth,
             )
             for hook_name, d_sae, k, sparsity_coefficient, reconstruction_weight in zip(
                 hook_names,

@@ -106,8 +106,9 @@ def cross_entropy(
         with model.at_sites(functions):
             loss = model(**batch, compute_term=False).loss
         predicted = int((batch["labels"][:, 1:] != -100).sum())
-        total += loss.item() * predicted
-        count += predicted
+        if predicted:  # the mean over no token is NaN
+            total += loss.item() * predicted
+            count += predicted
     return total / count
 
 

@@ -61,6 +61,9 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
     Starts without heads: `attach_heads` adds them, `from_pretrained` loads saved ones.
     """
 
+    # buffers in checkpoints that old versions of transformers wrote
+    _keys_to_ignore_on_load_unexpected = ("attn.bias", "attn.masked_bias", "crossattention.bias")
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the names of its own classes
@@ -94,7 +97,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
                     f"The head on {config.hook_name} reads {config.d_in} dimensions, "
                     f"the model's stream has {self.config.n_embd}."
                 )
-        self.heads = heads.to(self.device)
+        self.heads = heads.to(self.device).train(self.training)
 
     @contextmanager
     def at_sites(self, functions: dict[str, SiteFunction]) -> Iterator[None]:
@@ -109,9 +112,11 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         modules = dict(
             zip(self.hook_names, [*self.transformer.h, self.transformer.ln_f], strict=True)
         )
+        # all names are looked up before a hook is set, so that a wrong one leaves none behind
+        targets = [(modules[hook_name], function) for hook_name, function in functions.items()]
         handles = [
-            modules[hook_name].register_forward_pre_hook(_on_first_argument(function))
-            for hook_name, function in functions.items()
+            module.register_forward_pre_hook(_on_first_argument(function))
+            for module, function in targets
         ]
         try:
             yield
@@ -285,12 +290,12 @@ def _on_first_argument(function: SiteFunction) -> Callable[[nn.Module, tuple], t
 
 def _checkpoint_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
     """Folder of the checkpoint; from the Hub only its heads are fetched."""
-    folder = Path(name_or_path)
+    folder, subfolder = Path(name_or_path), Path(options.get("subfolder", ""))
     if not folder.is_dir():
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        pattern = f"{HEADS_FOLDER}/*"
+        pattern = (subfolder / HEADS_FOLDER / "*").as_posix()
         folder = Path(snapshot_download(str(name_or_path), allow_patterns=[pattern], **hub_options))
-    return folder / options.get("subfolder", "")
+    return folder / subfolder
 
 
 __all__ = ["HeadFolderError", "SAERegGPT2LMHeadModel", "SAERegOutput", "SiteFunction"]

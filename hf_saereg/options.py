@@ -1,18 +1,20 @@
 """Options of a recipe: a YAML file for the defaults, the command line over it.
 
 Notable:
-- the options are dataclasses, read by `HfArgumentParser`; the file is flat, one key an option
+- the options are dataclasses, read by `HfArgumentParser`; the file is flat, one key an option, and
+  is read as if its options stood on the command line, so that types are checked alike; `null` leaves
+  an option at its default
 - a key that no option has is an error that names the nearest one, in the file as on the line
 """
 
-import argparse
 import dataclasses
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,6 +24,11 @@ from hf_saereg.errors import UserError
 
 class OptionsError(UserError):
     """The options of a recipe cannot be used; the message says why."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionsError(f"Cannot use the options: {message}.")
 
 
 def parse_options(*classes: type, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -35,22 +42,28 @@ def parse_options(*classes: type, arguments: Sequence[str] | None = None) -> tup
         One instance of each class.
 
     Raises:
-        OptionsError: if the file is missing or no mapping, or an option is unknown.
+        OptionsError: if the file is missing or no mapping, or an option is unknown or has a value
+            that it cannot have.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser = _Parser(classes, allow_abbrev=False)
     names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = _Parser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, help="YAML file with any of the options below")
     found, arguments = config.parse_known_args(arguments)
     parser.epilog = "--config FILE reads any of these options from a YAML file."
     if found.config is not None:
         options = _read_yaml(found.config)
         _check_known(list(options), names, str(found.config))
-        parser.set_defaults(**options)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+        arguments = [*_as_words(options), *arguments]
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # of `TrainingArguments`
+        raise OptionsError(f"Cannot use the options: {error}") from error
     flags = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
     _check_known(flags, names, "the command line")
     if unknown:
@@ -85,8 +98,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return options
 
 
-def _check_known(keys: Sequence[str], names: set[str], source: str) -> None:
-    for key in keys:
+def _as_words(options: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else value
+            words.append(f"--{name}={text}")
+    return words
+
+
+def _check_known(keys: Sequence[Any], names: set[str], source: str) -> None:
+    for key in map(str, keys):
         if key.removeprefix("no_") not in names:
             nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
             raise OptionsError(f"Unknown option {key!r} in {source}; did you mean {nearest!r}?")

@@ -8,6 +8,7 @@ Notable:
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -105,7 +106,7 @@ def write_run(
         "world_size": arguments.world_size,
         "device": str(arguments.device),
         "wall_seconds": figures and figures["wall_seconds"],
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "git_commit": _git_commit(),
@@ -114,6 +115,11 @@ def write_run(
         "figures": figures,
     }
     write_json(folder / RUN_FILE, record)
+
+
+def command_line() -> str:
+    """How this program was started, without the value of any `--…_token`."""
+    return re.sub(r"(--\w+[-_]token[= ])\S+", r"\1***", " ".join(sys.argv))
 
 
 def _git_commit() -> str | None:

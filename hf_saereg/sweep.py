@@ -36,11 +36,12 @@ class FreshHeadsArguments:
         metadata={"help": "Families of the fresh heads."},
     )
     fresh_k: list[int] = field(
-        default_factory=lambda: [5, 10, 20, 40], metadata={"help": "One topk head a value."}
+        default_factory=lambda: [5, 10, 20, 40],
+        metadata={"help": "One topk or batchtopk head a value."},
     )
     fresh_coefficient: list[float] = field(
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
-        metadata={"help": "One standard head a value of c, on activations of mean norm √d_in."},
+        metadata={"help": "One standard, gated or jumprelu head a value of c, at mean norm √d_in."},
     )
     fresh_d_sae: list[int] = field(
         default_factory=lambda: [512],
@@ -60,7 +61,20 @@ class FreshHeadsArguments:
         for name in ("fresh_steps", "fresh_batch_size", "fidelity_blocks"):
             if getattr(self, name) < 1:
                 raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        self.cells()
+        if self.fresh_warmup_steps < 0:
+            raise HeadConfigError(
+                f"fresh_warmup_steps is {self.fresh_warmup_steps}; it must be at least 0."
+            )
+        if not 0 < self.fresh_learning_rate < math.inf:
+            raise HeadConfigError(
+                f"fresh_learning_rate is {self.fresh_learning_rate}; it must be finite and above 0."
+            )
+        if not self.cells() or not self.fresh_d_sae:
+            raise HeadConfigError(
+                f"There is no fresh head to train: fresh_architectures is "
+                f"{self.fresh_architectures}, fresh_k {self.fresh_k}, fresh_coefficient "
+                f"{self.fresh_coefficient}, fresh_d_sae {self.fresh_d_sae}."
+            )
 
     def d_sae_by_site(self, hook_names: list[str]) -> dict[str, int]:
         """Latents a fresh head, by hook name.
@@ -80,7 +94,9 @@ class FreshHeadsArguments:
         grid = [
             Cell(architecture, sparsity)
             for architecture in self.fresh_architectures
-            for sparsity in (self.fresh_k if architecture == "topk" else self.fresh_coefficient)
+            for sparsity in (
+                self.fresh_k if _sparsity_option(architecture) == "k" else self.fresh_coefficient
+            )
         ]
         for cell in grid:
             for d_sae in self.fresh_d_sae:
@@ -98,7 +114,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A file name: topk_k10, standard_c0.5."""
-        symbol = "k" if self.architecture == "topk" else "c"
+        symbol = "k" if _sparsity_option(self.architecture) == "k" else "c"
         return f"{self.architecture}_{symbol}{self.sparsity:g}"
 
     def head(self, hook_name: str, d_in: int, d_sae: int) -> SAEHeadConfig:
@@ -107,20 +123,22 @@ class Cell:
         Raises:
             HeadConfigError: if no head can be made like this.
         """
-        if self.architecture not in FAMILIES:
-            raise HeadConfigError(
-                f"Unknown architecture {self.architecture!r} among the fresh heads; choose from "
-                f"{', '.join(FAMILIES)}."
-            )
-        sparsity = (
-            {"k": int(self.sparsity)}
-            if self.architecture == "topk"
-            else {"sparsity_coefficient": self.sparsity}
-        )
-        config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **sparsity)
+        whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
+        sparsity = int(self.sparsity) if whole else self.sparsity
+        option = {_sparsity_option(self.architecture): sparsity}
+        config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **option)
         with torch.device("meta"):
             make_head(config)
         return config
+
+
+def _sparsity_option(architecture: str) -> str:
+    if architecture not in FAMILIES:
+        raise HeadConfigError(
+            f"Unknown architecture {architecture!r} among the fresh heads; choose from "
+            f"{', '.join(FAMILIES)}."
+        )
+    return FAMILIES[architecture].sparsity_option
 
 
 def train_fresh_heads(
@@ -134,7 +152,7 @@ def train_fresh_heads(
     """Train every cell of the grid on every site of a frozen model.
 
     Args:
-        model: left as it is.
+        model: left as it is, but in evaluation mode.
         blocks: training text, with `input_ids`.
         arguments: grid and schedule.
         seed: of initialisation and order.

@@ -32,6 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_saereg.errors import UserError
 from hf_saereg.heads.folder import check_matches
+from hf_saereg.kernels import KERNELS
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
 from hf_saereg.run_folder import write_json
@@ -52,16 +53,26 @@ class SAERegArguments(TrainingArguments):
         kernel: how the heads' losses are computed: auto, dense or sparse.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
+
+    Raises:
+        UserError: if there is no such kernel.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser needs it first)
-        default="tensorboard", metadata={"help": "Where scalars go."}
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "Where scalars go."}
     )
     kernel: str = field(
         default="auto",
         metadata={"help": "How the heads' losses are computed: auto, dense or sparse."},
     )
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise UserError(f"Unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}.")
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
+            self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
+        super().__post_init__()
 
     @property
     def resumes(self) -> bool:
@@ -148,10 +159,8 @@ class SAERegTrainer(Trainer):
             meter.update(output.sites)
             if model.training:
                 # DDP averages gradients over processes, hence the factor; CE carries it already
-                share = (
-                    _token_count(inputs) / self._tokens_in_batch * self.accelerator.num_processes
-                )
-                loss = ce + output.term * share
+                tokens = _token_count(inputs) * self.accelerator.num_processes
+                loss = ce + output.term * tokens / self._tokens_in_batch
         return (loss, output) if return_outputs else loss
 
     def _check_finite(self, ce: Tensor, output: SAERegOutput) -> None:
@@ -162,7 +171,7 @@ class SAERegTrainer(Trainer):
             if not site.value.isfinite():
                 broken.append(f"the term at {hook_name} is {site.value.item()}")
         raise NonFiniteLossError(
-            f"At step {self.state.global_step + 1} {' and '.join(broken)}; lower the learning rate "
+            f"At step {self.state.global_step + self.model.training} {' and '.join(broken)}; lower the learning rate "
             "or the weight of the term, and resume from the last checkpoint."
         )
 
@@ -237,6 +246,11 @@ class SAERegTrainer(Trainer):
         self._clock_started = None
         return result
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # resumed from the last step's checkpoint, `Trainer` would do one step more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`."""
         with self._clock_stopped():
@@ -281,7 +295,7 @@ class SAERegTrainer(Trainer):
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Language model and heads, into the parameters that the optimizer already holds."""
-        saved = type(self.model).from_pretrained(checkpoint, heads=self.model.heads.configs or None)
+        saved = type(self.model).from_pretrained(checkpoint)
         check_matches(saved.heads.configs, self.model.heads.configs)
         self.model.load_state_dict(saved.state_dict())
 

@@ -4,11 +4,15 @@
 """
 
 from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig, SAELosses, SiteStatistics
+from hf_saereg.heads.batchtopk import BatchTopKSAE
+from hf_saereg.heads.gated import GatedSAE
+from hf_saereg.heads.jumprelu import JumpReLUSAE
 from hf_saereg.heads.standard import StandardSAE
 from hf_saereg.heads.topk import TopKSAE
 
 FAMILIES: dict[str, type[SAEHead]] = {
-    family.architecture: family for family in (StandardSAE, TopKSAE)
+    family.architecture: family
+    for family in (StandardSAE, GatedSAE, JumpReLUSAE, TopKSAE, BatchTopKSAE)
 }
 
 
@@ -30,7 +34,10 @@ def make_head(config: SAEHeadConfig) -> SAEHead:
 
 __all__ = [
     "FAMILIES",
+    "BatchTopKSAE",
+    "GatedSAE",
     "HeadConfigError",
+    "JumpReLUSAE",
     "SAEHead",
     "SAEHeadConfig",
     "SAELosses",

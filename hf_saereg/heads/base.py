@@ -11,6 +11,7 @@ Notable:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_saereg import kernels
 from hf_saereg.errors import UserError
-from hf_saereg.kernels.codes import Codes, Selection
+from hf_saereg.kernels.codes import Codes, LargestK, Selection
 
 # enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
 DENSITY_SAMPLE = 64
@@ -38,6 +39,9 @@ class SAEHeadConfig:
     d_sae: int  # number of latents
     sparsity_coefficient: float = 0.0  # c, weight of the sparsity loss (families with a penalty)
     k: int | None = None  # latents kept per token (TopK)
+    rectified: bool = True  # ReLU on the selected values (TopK); without it SAELens has no form
+    bandwidth: float = 0.1  # ε, width of the straight-through window (JumpReLU)
+    reference_window: bool = False  # the published code's window instead of the paper's (JumpReLU)
     reconstruction_weight: float = 1.0  # λ, weight of R + A in the regularization term
 
     def __post_init__(self) -> None:
@@ -107,12 +111,14 @@ class Reconstruction(NamedTuple):
         x_hat: (tokens, d_in).
         squared_error: () sum of ‖x − x̂‖².
         sparsity: () sum of the sparsity loss, with its coefficient.
+        auxiliary: () sum of the auxiliary loss.
         statistics: detached sums.
     """
 
     x_hat: Tensor
     squared_error: Tensor
     sparsity: Tensor
+    auxiliary: Tensor
     statistics: SiteStatistics
 
 
@@ -146,8 +152,15 @@ class SAEHead(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
+    sparsity_option: ClassVar[str] = "sparsity_coefficient"  # what sets the sparsity; else `k`
 
     def __init__(self, config: SAEHeadConfig) -> None:
+        k = config.k
+        if self.sparsity_option == "k" and (k is None or not 1 <= k <= config.d_sae):
+            raise HeadConfigError(
+                f"k at {config.hook_name} is {k}; a {self.architecture} head needs 1 ≤ k ≤ d_sae "
+                f"({config.d_sae})."
+            )
         super().__init__()
         self.config = config
         self.kernel = "auto"  # how losses are computed: see hf_saereg.kernels.pick
@@ -159,27 +172,69 @@ class SAEHead(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
 
-    @abstractmethod
-    def selection(self) -> Selection:
-        """Which latents can have a value or a derivative other than zero."""
+    @property
+    def encoder_bias(self) -> Tensor:
+        """(d_sae,) bias of the pre-activations that select latents."""
+        return self.b_enc
 
     @abstractmethod
-    def activate(self, codes: Codes) -> Tensor:
-        """Feature activations in the layout of `codes`; 0 where the pre-activation is 0."""
+    def selection(self, x: Tensor) -> Selection:
+        """Which latents can have a value or a derivative other than zero.
+
+        Args:
+            x: (tokens, d_in) what the encoder reads, `b_dec` subtracted.
+        """
+
+    @abstractmethod
+    def activate(self, codes: Codes, selection: Selection) -> Tensor:
+        """Feature activations in the layout of `codes`; 0 where a latent was not selected.
+
+        Args:
+            codes: pre-activations; dense codes hold those that `Above` did not select, too.
+            selection: what they were selected by.
+        """
 
     @abstractmethod
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
         """Sparsity loss with its coefficient, () and a **sum** over tokens."""
 
+    def auxiliary(self, x: Tensor, codes: Codes, kernel: ModuleType) -> Tensor:
+        """Auxiliary loss, () and a **sum** over tokens; none unless a family has one.
+
+        Args:
+            x: (tokens, d_in).
+            codes: of x.
+            kernel: whose `decode` reads the layout of `codes`.
+        """
+        return x.new_zeros(())
+
     def saelens_options(self) -> dict[str, Any]:
-        """What SAELens's configuration of this architecture holds beyond the common fields."""
+        """What SAELens's configuration holds beyond, or instead of, the common fields.
+
+        Raises:
+            HeadConfigError: if SAELens has no architecture that computes what this head does.
+        """
         return {}
+
+    def saelens_weights(self) -> dict[str, Tensor]:
+        """Weights by SAELens's names: all that inference needs."""
+        return self.state_dict()
+
+    def load_saelens_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take weights that `saelens_weights` returned, in their dtype.
+
+        Args:
+            weights: of the right names and shapes.
+        """
+        self.load_state_dict(weights, assign=True)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations, (..., d_sae), of activations x, (..., d_in)."""
         flat = x.reshape(-1, self.config.d_in)  # (tokens, d_in)
-        codes = kernels.dense.encode(flat - self.b_dec, self.W_enc, self.b_enc, self.selection())
-        return self.activate(codes).view(*x.shape[:-1], self.config.d_sae)
+        centred = flat - self.b_dec
+        selection = self.selection(centred)
+        codes = kernels.dense.encode(centred, self.W_enc, self.encoder_bias, selection)
+        return self.activate(codes, selection).view(*x.shape[:-1], self.config.d_sae)
 
     def decode(self, features: Tensor) -> Tensor:
         """Reconstruction, (..., d_in), of feature activations (..., d_sae)."""
@@ -196,16 +251,18 @@ class SAEHead(nn.Module, ABC):
             x: (tokens, d_in), without padding; computed in the dtype of the parameters.
         """
         x = x.to(self.W_enc.dtype)
-        selection = self.selection()
-        kernel = kernels.pick(self.kernel, selection, self.config.d_sae, self._density(x), x)
-        codes = kernel.encode(x - self.b_dec, self.W_enc, self.b_enc, selection)
-        values = self.activate(codes)
+        centred = x - self.b_dec
+        selection = self.selection(centred)
+        kernel = kernels.pick(self.kernel, self._density(centred, selection), x)
+        codes = kernel.encode(centred, self.W_enc, self.encoder_bias, selection)
+        values = self.activate(codes, selection)
         x_hat = kernel.decode(values, codes, self.W_dec, self.b_dec)  # (tokens, d_in)
         squared_error = (x - x_hat).square().sum()
         return Reconstruction(
             x_hat=x_hat,
             squared_error=squared_error,
             sparsity=self.sparsity(codes, values),
+            auxiliary=self.auxiliary(x, codes, kernel),
             statistics=self._statistics(x.detach(), squared_error.detach(), codes, values.detach()),
         )
 
@@ -223,7 +280,7 @@ class SAEHead(nn.Module, ABC):
         return SAELosses(
             reconstruction=reconstruction.squared_error / tokens,
             sparsity=reconstruction.sparsity / tokens,
-            auxiliary=reconstruction.squared_error.new_zeros(()),
+            auxiliary=reconstruction.auxiliary / tokens,
             statistics=reconstruction.statistics,
         )
 
@@ -236,27 +293,34 @@ class SAEHead(nn.Module, ABC):
         """
         copy = type(self)(self.config).to(self.W_enc)
         copy.load_state_dict(self.state_dict())
+        copy.kernel = self.kernel
         copy.W_enc.mul_(scale)
         copy.W_dec.div_(scale)
         copy.b_dec.div_(scale)
-        return copy
+        return copy.eval()
 
     @torch.no_grad()
-    def _density(self, x: Tensor) -> float:
-        """Fraction of latents active on a few tokens of x: picks a kernel, so needs no state."""
-        if x.device.type != "cpu" or len(x) == 0:
+    def _density(self, centred: Tensor, selection: Selection) -> float:
+        """Fraction of latents selected, where the kernel is picked by it; from a few tokens.
+
+        Measured anew on every batch, so that a resumed run picks what an uninterrupted one does.
+        """
+        if isinstance(selection, LargestK):
+            return selection.k / self.config.d_sae
+        if self.kernel != "auto" or centred.device.type != "cpu" or len(centred) == 0:
             return 1.0
-        sample = x[:: max(1, len(x) // DENSITY_SAMPLE)]
-        return (self.encode(sample) != 0).double().mean().item()
+        sample = centred[:: max(1, len(centred) // DENSITY_SAMPLE)]
+        pre = kernels.dense.encode(sample, self.W_enc, self.encoder_bias, selection).pre
+        return (pre > selection.threshold).double().mean().item()
 
     def _statistics(
         self, x: Tensor, squared_error: Tensor, codes: Codes, values: Tensor
     ) -> SiteStatistics:
         return SiteStatistics(
             tokens=torch.tensor(len(x), device=x.device),
-            squared_error=squared_error,
-            x_sum=x.sum(dim=0),
-            x_square=x.square().sum(),
-            x_norm=x.norm(dim=-1).sum(),
+            squared_error=squared_error.double(),
+            x_sum=x.sum(dim=0).double(),
+            x_square=x.square().sum().double(),
+            x_norm=x.norm(dim=-1).sum().double(),
             fired=codes.counts(values != 0, self.config.d_sae),
         )

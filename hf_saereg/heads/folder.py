@@ -4,18 +4,23 @@ Notable:
 - SAELens loads each folder as it is; what only we need sits in `metadata.saereg`
 - what comes from a downloaded folder is checked before it is used: hook names are the two forms
   that a residual stream has, so none can leave the folder; weights are tensors only, never a pickle
+- what SAELens's form does not hold to the last bit, such as the logarithm of a threshold, lies
+  beside it in `training_state.safetensors`, so that a resumed run goes on exactly
 - the root of a checkpoint knows nothing of heads: deleting `saes/` discards them
 """
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hf_saereg.errors import UserError
 from hf_saereg.heads import make_head
@@ -24,8 +29,20 @@ from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
 HEADS_FOLDER = "saes"
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINING_FILE = "training_state.safetensors"
 FORMAT_VERSION = 1
 HOOK_NAME = re.compile(r"blocks\.\d+\.hook_resid_(pre|post)")
+
+# what SAELens's own fields say of a head; the rest of its configuration is ours
+SAELENS_FIELDS = ("d_in", "d_sae")
+OUR_FIELDS = tuple(
+    field.name
+    for field in fields(SAEHeadConfig)
+    if field.name not in (*SAELENS_FIELDS, "hook_name")
+)
+
+# whose layout this is: SAELens takes a cfg.json without it for an older one, and drops the metadata
+SAELENS_VERSION = "6.0.0"
 
 # TransformerLens must change nothing, or the activations are not the ones that the heads read
 UNPROCESSED = {
@@ -43,25 +60,33 @@ class HeadFolderError(UserError):
 def save_heads(
     heads: Iterable[SAEHead], checkpoint: Path, metadata: dict[str, Any] | None = None
 ) -> None:
-    """Write every head below `checkpoint/saes/`.
+    """Write every head below `checkpoint/saes/`, in place of all that were saved there before.
 
     Args:
         heads: heads on different sites.
         checkpoint: folder of the model's checkpoint; created if absent.
         metadata: about the model and its text, for every head: `model_name`, `context_size`, …
     """
+    heads = list(heads)
+    stale = set(saved_hook_names(checkpoint)) - {head.config.hook_name for head in heads}
+    for hook_name in filter(HOOK_NAME.fullmatch, stale):
+        shutil.rmtree(checkpoint / HEADS_FOLDER / hook_name)
     for head in heads:
         folder = checkpoint / HEADS_FOLDER / head.config.hook_name
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous().cpu() for name, tensor in head.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE)
+        weights = head.saelens_weights()
+        save_file(_on_cpu(weights), folder / WEIGHTS_FILE)
+        if rest := {k: v for k, v in head.state_dict().items() if k not in weights}:
+            save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(_to_saelens(head, metadata or {}), indent=2))
 
 
 def saved_hook_names(checkpoint: Path) -> list[str]:
     """Names of the folders below `checkpoint/saes/`, sorted; empty when there is none."""
     folder = checkpoint / HEADS_FOLDER
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def load_head(checkpoint: Path, hook_name: str) -> SAEHead:
@@ -81,13 +106,16 @@ def load_head(checkpoint: Path, hook_name: str) -> SAEHead:
             "(blocks.N.hook_resid_pre or blocks.N.hook_resid_post); refusing to load it."
         )
     folder = checkpoint / HEADS_FOLDER / hook_name
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise HeadFolderError(
+                f"{folder / file} is missing; a head needs {CONFIG_FILE} and {WEIGHTS_FILE}."
+            )
     try:
         cfg = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        raise HeadFolderError(
-            f"{error.filename} is missing; a head needs {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from error
+        training = folder / TRAINING_FILE
+        rest = load_file(training) if training.is_file() else {}
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise HeadFolderError(f"{folder} is damaged ({error}); restore or delete it.") from error
     config = _from_saelens(cfg, folder)
@@ -96,7 +124,7 @@ def load_head(checkpoint: Path, hook_name: str) -> SAEHead:
             f"{folder / CONFIG_FILE} says that its head sits on {config.hook_name!r}, "
             f"not on {hook_name!r}; refusing to guess which is right."
         )
-    return _with_weights(config, weights, folder)
+    return _with_weights(config, weights, rest, folder)
 
 
 def check_matches(saved: Sequence[SAEHeadConfig], wanted: Sequence[SAEHeadConfig]) -> None:
@@ -138,6 +166,8 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
         "reshape_activations": "none",
         **head.saelens_options(),
         "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
             "hook_name": config.hook_name,
             "hook_head_index": None,
             "prepend_bos": False,
@@ -145,8 +175,7 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
             **metadata,
             "saereg": {
                 "format_version": FORMAT_VERSION,
-                "sparsity_coefficient": config.sparsity_coefficient,
-                "reconstruction_weight": config.reconstruction_weight,
+                **{name: getattr(config, name) for name in OUR_FIELDS},
             },
         },
     }
@@ -161,35 +190,46 @@ def _from_saelens(cfg: dict[str, Any], folder: Path) -> SAEHeadConfig:
                 f"{folder / CONFIG_FILE} has format version {ours['format_version']}; this version "
                 f"of hf-saereg reads version {FORMAT_VERSION}."
             )
-        return SAEHeadConfig(
-            architecture=cfg["architecture"],
-            hook_name=metadata["hook_name"],
-            d_in=cfg["d_in"],
-            d_sae=cfg["d_sae"],
-            k=cfg.get("k"),
-            sparsity_coefficient=ours["sparsity_coefficient"],
-            reconstruction_weight=ours["reconstruction_weight"],
-        )
+        options = {name: ours[name] for name in OUR_FIELDS}
+        sizes = {name: cfg[name] for name in SAELENS_FIELDS}
+        return SAEHeadConfig(hook_name=metadata["hook_name"], **sizes, **options)
     except (KeyError, TypeError) as error:
         raise HeadFolderError(
             f"{folder / CONFIG_FILE} lacks {error}; it was not written by hf-saereg."
         ) from error
 
 
-def _with_weights(config: SAEHeadConfig, weights: dict[str, torch.Tensor], folder: Path) -> SAEHead:
+def _with_weights(
+    config: SAEHeadConfig, weights: dict[str, Tensor], rest: dict[str, Tensor], folder: Path
+) -> SAEHead:
     try:
-        head = make_head(config)
-    except HeadConfigError as error:
+        with torch.device("meta"):  # its sizes are not to be trusted with memory yet
+            head = make_head(config)
+    except (HeadConfigError, TypeError) as error:
         raise HeadFolderError(
             f"{folder / CONFIG_FILE} describes no usable head: {error}"
         ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        raise HeadFolderError(
-            f"{folder / WEIGHTS_FILE} holds {found}, but {CONFIG_FILE} describes {expected}."
-        )
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise HeadFolderError(f"{folder / WEIGHTS_FILE} has NaN or infinity in {broken[0]}.")
-    head.to(weights["W_enc"].dtype).load_state_dict(weights)
+    _check_tensors(weights, head.saelens_weights(), folder / WEIGHTS_FILE)
+    head.load_saelens_weights(weights)
+    if rest:
+        state = head.state_dict()
+        _check_tensors(rest, {k: v for k, v in state.items() if k in rest}, folder / TRAINING_FILE)
+        head.load_state_dict(state | rest, assign=True)
     return head
+
+
+def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    shapes, expected_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (found, expected)
+    )
+    if shapes != expected_shapes:
+        raise HeadFolderError(
+            f"{path} holds {shapes}, but {CONFIG_FILE} describes {expected_shapes}."
+        )
+    if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+        raise HeadFolderError(f"{path} has NaN or infinity in {broken[0]}.")
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

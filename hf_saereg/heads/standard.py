@@ -15,11 +15,11 @@ class StandardSAE(SAEHead):
 
     architecture = "standard"
 
-    def selection(self) -> Selection:
+    def selection(self, x: Tensor) -> Selection:
         """Positive pre-activations."""
         return Above(0.0)
 
-    def activate(self, codes: Codes) -> Tensor:
+    def activate(self, codes: Codes, selection: Selection) -> Tensor:
         """ReLU of the pre-activations, in the layout of `codes`."""
         return torch.relu(codes.pre)
 

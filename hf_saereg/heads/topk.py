@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
+from hf_saereg.heads.base import HeadConfigError, SAEHead
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 
 
@@ -13,35 +13,34 @@ class TopKSAE(SAEHead):
     """f = ReLU of the k largest pre-activations of each token; no sparsity loss.
 
     ReLU on the selected values as in SAELens; a token with fewer than k positive pre-activations
-    has an L0 below k.
+    has an L0 below k. With `rectified` off a selected negative stays, as in the published code.
 
     See: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
-
-    Raises:
-        HeadConfigError: if k is missing, not positive, or above `d_sae`.
     """
 
     architecture = "topk"
-
-    def __init__(self, config: SAEHeadConfig) -> None:
-        if config.k is None or not 1 <= config.k <= config.d_sae:
-            raise HeadConfigError(
-                f"k at {config.hook_name} is {config.k}; a topk head needs 1 ≤ k ≤ d_sae "
-                f"({config.d_sae})."
-            )
-        super().__init__(config)
+    sparsity_option = "k"
 
     def saelens_options(self) -> dict[str, Any]:
-        """`k`; features are selected by pre-activation alone."""
+        """`k`; features are selected by pre-activation alone.
+
+        Raises:
+            HeadConfigError: without `rectified`.
+        """
+        if not self.config.rectified:
+            raise HeadConfigError(
+                f"The topk head on {self.config.hook_name} keeps negative values (rectified is "
+                "off), which SAELens has no form for; only rectified heads can be saved."
+            )
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
 
-    def selection(self) -> Selection:
+    def selection(self, x: Tensor) -> Selection:
         """The k largest of each token."""
         return LargestK(self.config.k)
 
-    def activate(self, codes: Codes) -> Tensor:
-        """ReLU of the selected pre-activations, in the layout of `codes`."""
-        return torch.relu(codes.pre)
+    def activate(self, codes: Codes, selection: Selection) -> Tensor:
+        """The selected pre-activations, rectified or raw, in the layout of `codes`."""
+        return torch.relu(codes.pre) if self.config.rectified else codes.pre
 
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
         """Zero: k is the constraint."""

@@ -12,16 +12,18 @@ from types import ModuleType
 from torch import Tensor, float32, float64
 
 from hf_saereg.kernels import dense
+from hf_saereg.kernels.batch import batch_threshold
 from hf_saereg.kernels.codes import Above, Codes, LargestK, Selection
 
 KERNELS = ("auto", "dense", "sparse")
 
 # Density at which both take equally long, forward and backward, d_in 64, 16,384 tokens (8,192 for
-# d_sae 4,096), 2 cores: 0.3 in float32 and 0.2 in bfloat16 at d_sae 512; 0.25 in both at 4,096.
+# d_sae 4,096), 2 cores: 0.3 in float32 and 0.2 in bfloat16 at d_sae 512; between 0.2
+# and 0.3 in both at 4,096.
 _CROSSOVER = 0.2
 
 
-def pick(kernel: str, selection: Selection, d_sae: int, density: float, x: Tensor) -> ModuleType:
+def pick(kernel: str, density: float, x: Tensor) -> ModuleType:
     """The module whose `encode` and `decode` to use.
 
     Stateless: near the crossover both kernels cost the same and return the same, so that changing
@@ -29,9 +31,7 @@ def pick(kernel: str, selection: Selection, d_sae: int, density: float, x: Tenso
 
     Args:
         kernel: one of `KERNELS`.
-        selection: what the head selects; its own `k` says more than `density`.
-        d_sae: number of latents.
-        density: fraction of the latents that were active a token, as last measured.
+        density: fraction of the latents that the head selects.
         x: the activations to encode.
 
     Raises:
@@ -40,8 +40,6 @@ def pick(kernel: str, selection: Selection, d_sae: int, density: float, x: Tenso
     if kernel not in KERNELS:
         raise ValueError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
     if kernel == "auto":
-        if isinstance(selection, LargestK):
-            density = selection.k / d_sae
         fits = x.device.type == "cpu" and x.dtype in (float32, float64)
         kernel = "sparse" if fits and density < _CROSSOVER else "dense"
     return import_module(f"hf_saereg.kernels.{kernel}")
@@ -53,4 +51,14 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["KERNELS", "Above", "Codes", "LargestK", "Selection", "dense", "pick", "sparse"]
+__all__ = [
+    "KERNELS",
+    "Above",
+    "Codes",
+    "LargestK",
+    "Selection",
+    "batch_threshold",
+    "dense",
+    "pick",
+    "sparse",
+]

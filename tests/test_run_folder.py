@@ -1,0 +1,134 @@
+"""A run's folder: whose it is, and what is never overwritten."""
+
+import json
+import sys
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_saereg.run_folder import (
+    RUN_FILE,
+    RunFolderError,
+    check_run_folder,
+    finished_figures,
+    write_json,
+    write_run,
+)
+
+OPTIONS = {"learning_rate": 1e-3, "d_sae": [8, 16], "resume_from_checkpoint": None}
+CONTINUED = OPTIONS | {"resume_from_checkpoint": "true", "disable_tqdm": True}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=7, report_to="none")
+
+
+@pytest.fixture
+def folder(tmp_path, arguments):
+    write_run(tmp_path / "run", arguments, OPTIONS)
+    return tmp_path / "run"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_or_empty_folder_is_free_and_left_as_it_is(tmp_path):
+    check_run_folder(tmp_path / "absent", OPTIONS, resume=False)
+    check_run_folder(tmp_path, OPTIONS, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_run_needs_resume(folder):
+    before = contents(folder)
+    with pytest.raises(RunFolderError, match="--resume_from_checkpoint true"):
+        check_run_folder(folder, OPTIONS, resume=False)
+    check_run_folder(folder, CONTINUED, resume=True)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001, now 0.002"),
+        ({"d_sae": [8, 8]}, "d_sae was"),
+        ({"new_option": 1}, "new_option was None, now 1"),
+    ],
+)
+def test_another_run_is_refused_by_the_option_that_differs(folder, resume, change, named):
+    with pytest.raises(RunFolderError, match=named):
+        check_run_folder(folder, OPTIONS | change, resume=resume)
+
+
+def test_a_tuple_is_the_list_that_json_makes_of_it(folder):
+    check_run_folder(folder, OPTIONS | {"d_sae": (8, 16)}, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_other_files_is_refused(tmp_path, resume):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        check_run_folder(tmp_path, OPTIONS, resume=resume)
+    with pytest.raises(RunFolderError):
+        check_run_folder(tmp_path / "thesis.tex", OPTIONS, resume=resume)
+
+
+def test_json_is_old_or_new_but_never_half(tmp_path):
+    path = tmp_path / "figures.json"
+    write_json(path, {"loss": 1.0})
+    with pytest.raises(TypeError):
+        write_json(path, {"loss": object()})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+    write_json(path, {"loss": 2.0})
+    assert json.loads(path.read_text()) == {"loss": 2.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    write_json(path, {"loss": 1.0})
+
+    def half(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"loss": 2.0})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+
+
+def test_a_run_is_finished_once_it_has_figures(folder, arguments):
+    assert finished_figures(folder / "absent") is None
+    assert finished_figures(folder) is None
+    write_run(folder, arguments, OPTIONS, {"eval_ce": 1.5, "wall_seconds": 3.0})
+    assert finished_figures(folder) == {"eval_ce": 1.5, "wall_seconds": 3.0}
+    assert json.loads((folder / RUN_FILE).read_text())["wall_seconds"] == 3.0
+
+
+def test_the_record_is_enough_to_run_it_again(folder):
+    record = json.loads((folder / RUN_FILE).read_text())
+    assert record["seed"] == 7
+    assert (record["world_size"], record["device"]) == (1, "cpu")
+    assert record["options"] == OPTIONS
+    assert record["versions"].keys() >= {"hf-saereg", "torch", "transformers", "accelerate"}
+    assert record["threads"] >= 1 and "git_commit" in record
+
+
+@pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_the_recorded_command_holds_no_token(tmp_path, arguments, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "7", *words, "--bf16"])
+    write_run(tmp_path / "run", arguments, OPTIONS)
+    text = (tmp_path / "run" / RUN_FILE).read_text()
+    assert "hf_secret" not in text
+    assert json.loads(text)["command"].startswith("train.py --seed 7 ")
+    assert json.loads(text)["command"].endswith(" --bf16")
+
+
+def test_only_the_main_process_writes(tmp_path, arguments, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    write_run(tmp_path / "run", arguments, OPTIONS)
+    assert not (tmp_path / "run").exists()
