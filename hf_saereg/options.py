@@ -2,8 +2,8 @@
 
 Notable:
 - the options are dataclasses, read by `HfArgumentParser`; the file is flat, one key an option, and
-  is read as if its options stood on the command line, so that types are checked alike; `null` leaves
-  an option at its default
+  is read as if its options stood on the command line, so that types are checked alike; `null`
+  leaves an option at its default
 - a key that no option has is an error that names the nearest one, in the file as on the line
 """
 

@@ -170,8 +170,9 @@ class SAERegTrainer(Trainer):
         for hook_name, site in (output.sites or {}).items():
             if not site.value.isfinite():
                 broken.append(f"the term at {hook_name} is {site.value.item()}")
+        step = self.state.global_step + self.model.training
         raise NonFiniteLossError(
-            f"At step {self.state.global_step + self.model.training} {' and '.join(broken)}; lower the learning rate "
+            f"At step {step} {' and '.join(broken)}; lower the learning rate "
             "or the weight of the term, and resume from the last checkpoint."
         )
 

@@ -188,7 +188,7 @@ def test_statistics_are_what_their_names_say(options):
     assert not any(tensor.requires_grad for tensor in statistics)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=100)
 @given(
     offset=st.floats(-100, 100),  # in standard deviations
     scale=st.floats(0.01, 100),
@@ -203,7 +203,9 @@ def test_predicting_the_mean_leaves_all_variance_unexplained(offset, scale, dtyp
     statistics = head.losses(x).statistics
     assert statistics.l0 == 0
     assert statistics.dead_fraction == 1
-    assert statistics.fvu == pytest.approx(1, abs=1e-8 if dtype == torch.float64 else 1e-4)
+    # sums are rounded in the dtype of x, and their difference magnifies that by mean² / variance
+    rounding = 4 * torch.finfo(dtype).eps * (1 + offset**2)
+    assert statistics.fvu == pytest.approx(1, abs=rounding + 1e-12)
 
 
 @families

@@ -157,7 +157,7 @@ def test_an_option_class_states_its_own_errors():
             if self.height < 1:
                 raise RangeError("height is too small")
 
-    with pytest.raises(RangeError, match="^height is too small$"):
+    with pytest.raises(RangeError, match=r"^height is too small$"):
         parse("--height", "-1", also=[Narrow])
 
 

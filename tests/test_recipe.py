@@ -22,25 +22,7 @@ from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
-WORDS = [
-    "the",
-    "king",
-    "shall",
-    "speak",
-    "to",
-    "all",
-    "his",
-    "men",
-    "and",
-    "the",
-    "queen",
-    "will",
-    "hear",
-    "of",
-    "it",
-    "in",
-    "time",
-]
+WORDS = ["the", "king", "shall", "speak", "to", "all", "his", "men", "and", "queens", "hear", "it"]
 NAMES = ("plain", "regularized")
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
 TINY = {

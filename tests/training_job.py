@@ -52,7 +52,7 @@ def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64):
 
 
 def exact_ce(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
-    """As `transformers` has it, but for its rounding to float32: sums compare to the last digits."""
+    """As `transformers` has it, without its rounding to float32: sums compare to the last digit."""
     ce = summed_ce(logits, labels)
     return ce / (
         (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch

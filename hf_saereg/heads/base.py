@@ -316,11 +316,12 @@ class SAEHead(nn.Module, ABC):
     def _statistics(
         self, x: Tensor, squared_error: Tensor, codes: Codes, values: Tensor
     ) -> SiteStatistics:
+        exact = x.double()  # a variance is a small difference of large sums
         return SiteStatistics(
             tokens=torch.tensor(len(x), device=x.device),
             squared_error=squared_error.double(),
-            x_sum=x.sum(dim=0).double(),
-            x_square=x.square().sum().double(),
+            x_sum=exact.sum(dim=0),
+            x_square=exact.square().sum(),
             x_norm=x.norm(dim=-1).sum().double(),
             fired=codes.counts(values != 0, self.config.d_sae),
         )
