@@ -8,7 +8,6 @@ Notable:
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from hf_saereg.fidelity import Batch, Fidelity, baselines, fidelity
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-from hf_saereg.run_folder import PACKAGES, write_json
+from hf_saereg.run_folder import PACKAGES, command_line, write_json
 from hf_saereg.sweep import Cell, FreshHeadsArguments, train_fresh_heads
 
 SCORES_FILE = "scores.json"
@@ -173,7 +172,7 @@ def describe_setup(
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
         f"fidelity on {min(fresh.fidelity_blocks, len(blocks['validation']))} blocks",
         "seed": arguments.seed,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "device": devices,
         "versions": {package: version(package) for package in PACKAGES},
     }

@@ -108,6 +108,16 @@ class CharacterModelArguments:
     n_embd: int = field(default=64, metadata={"help": "Width of the residual stream."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout, everywhere."})
 
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise HeadConfigError(
+                f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}); choose widths "
+                "that divide evenly."
+            )
+
     def config(self, context: int, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
         """GPT-2 of this shape; the character tokenizer has padding, but neither BOS nor EOS."""
         return GPT2Config(

@@ -84,7 +84,7 @@ def main() -> None:
         own.output_dir = str(output_dir / name)
         own.warmup_steps = twin.warmup_steps_of(name, arguments.warmup_steps)
         trained[name] = train(model, own, blocks, tokenizer, options)
-        models[name] = SAERegGPT2LMHeadModel.from_pretrained(own.output_dir)
+        models[name] = SAERegGPT2LMHeadModel.from_pretrained(own.output_dir).to(own.device)
     if not arguments.should_save:
         return
     results = compare_models(models, trained, blocks, fresh, setup, output_dir / "fresh")

@@ -79,3 +79,9 @@ def test_character_model_has_one_embedding_a_character_and_the_context_of_a_bloc
     assert config.bos_token_id is None
     assert config.eos_token_id is None
     assert config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("shape", [{"n_head": 3}, {"n_layer": 0}, {"n_embd": -64}])
+def test_a_model_that_cannot_be_is_refused_by_the_option_at_fault(shape):
+    with pytest.raises(UserError, match=next(iter(shape))):
+        CharacterModelArguments(**shape)
