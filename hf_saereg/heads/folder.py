@@ -68,17 +68,19 @@ def save_heads(
         metadata: about the model and its text, for every head: `model_name`, `context_size`, …
     """
     heads = list(heads)
+    # a head that has no form on disk is refused before anything is replaced
+    configs = [_to_saelens(head, metadata or {}) for head in heads]
     stale = set(saved_hook_names(checkpoint)) - {head.config.hook_name for head in heads}
     for hook_name in filter(HOOK_NAME.fullmatch, stale):
         shutil.rmtree(checkpoint / HEADS_FOLDER / hook_name)
-    for head in heads:
+    for head, config in zip(heads, configs, strict=True):
         folder = checkpoint / HEADS_FOLDER / head.config.hook_name
         folder.mkdir(parents=True, exist_ok=True)
         weights = head.saelens_weights()
         save_file(_on_cpu(weights), folder / WEIGHTS_FILE)
         if rest := {k: v for k, v in head.state_dict().items() if k not in weights}:
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(_to_saelens(head, metadata or {}), indent=2))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
 def saved_hook_names(checkpoint: Path) -> list[str]:
