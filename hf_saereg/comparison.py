@@ -10,7 +10,6 @@ Notable:
 import json
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hf_saereg.fidelity import Batch, Fidelity, baselines, fidelity
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-from hf_saereg.run_folder import PACKAGES, command_line, write_json
+from hf_saereg.run_folder import command_line, package_versions, write_json
 from hf_saereg.sweep import Cell, FreshHeadsArguments, train_fresh_heads
 
 SCORES_FILE = "scores.json"
@@ -174,7 +173,7 @@ def describe_setup(
         "seed": arguments.seed,
         "command": command_line(),
         "device": devices,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": package_versions(),
     }
 
 

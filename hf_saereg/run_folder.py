@@ -108,13 +108,18 @@ def write_run(
         "wall_seconds": figures and figures["wall_seconds"],
         "command": command_line(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": package_versions(),
         "git_commit": _git_commit(),
         "threads": torch.get_num_threads(),
         "options": options,
         "figures": figures,
     }
     write_json(folder / RUN_FILE, record)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what decides a run's numbers, by package."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def command_line() -> str:

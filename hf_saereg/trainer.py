@@ -30,9 +30,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_saereg import kernels
 from hf_saereg.errors import UserError
 from hf_saereg.heads.folder import check_matches
-from hf_saereg.kernels import KERNELS
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
 from hf_saereg.run_folder import write_json
@@ -68,8 +68,7 @@ class SAERegArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise UserError(f"Unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}.")
+        kernels.check_name(self.kernel)
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()

@@ -108,3 +108,9 @@ def test_a_raw_topk_head_has_no_saelens_form(tmp_path):
 def test_a_window_needs_a_width():
     with pytest.raises(HeadConfigError, match="bandwidth"):
         trained_like("jumprelu", bandwidth=0.0)
+
+
+def test_a_head_saved_over_one_of_another_family_leaves_nothing_of_it(tmp_path):
+    save_heads([trained_like("jumprelu")], tmp_path)
+    save_heads([trained_like("standard")], tmp_path)
+    assert load_head(tmp_path, SITE).config.architecture == "standard"

@@ -69,7 +69,7 @@ def test_float64_losses_and_gradients_are_the_dense_ones(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_several_chunks(architecture, monkeypatch):
-    monkeypatch.setattr(sparse, "_CHUNK", 1000)
+    monkeypatch.setattr(sparse, "CHUNK", 1000)
     assert_equal_to_dense(*head_and_tokens(architecture, 101, 6, 67, k=5))
 
 

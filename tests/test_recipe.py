@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from training_job import weights
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_saereg.errors import one_sentence_errors
@@ -62,13 +62,6 @@ def start(config, *words, processes="single"):
 def finish(process):
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
-
-
-def weights(folder):
-    found = load_file(folder / "model.safetensors")
-    for path in folder.glob("saes/*/sae_weights.safetensors"):
-        found |= {f"{path.parent.name}/{name}": t for name, t in load_file(path).items()}
-    return found
 
 
 def assert_equal(one, other):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_job import (
     LENGTHS,
@@ -23,6 +22,7 @@ from training_job import (
     summed_ce,
     tiny_model,
     trainer,
+    weights,
 )
 from transformers import GPT2LMHeadModel, TrainerCallback
 
@@ -364,14 +364,6 @@ def resumable(folder, seed=0, **changes):
     callbacks = changes.pop("callbacks", [])
     model = tiny_model(heads(3.0), dropout=0.1, seed=seed, dtype=torch.float32)
     return trainer(model, arguments(folder, **(RESUMABLE | changes)), callbacks=callbacks)
-
-
-def weights(folder):
-    """Every tensor of a checkpoint, by the name that it has in the model."""
-    found = load_file(folder / "model.safetensors")
-    for path in folder.glob("saes/*/sae_weights.safetensors"):
-        found |= {f"{path.parent.name}/{name}": t for name, t in load_file(path).items()}
-    return found
 
 
 def same_weights(one, other):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, TrainerCallback, set_seed
 
@@ -31,6 +32,14 @@ def heads(reconstruction_weight=1.0, family="standard"):
         )
         for site in SITES
     ]
+
+
+def weights(folder):
+    """Every tensor of a checkpoint, those of heads below their hook name."""
+    found = load_file(folder / "model.safetensors")
+    for path in folder.glob("saes/*/sae_weights.safetensors"):
+        found |= {f"{path.parent.name}/{name}": t for name, t in load_file(path).items()}
+    return found
 
 
 def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64):

@@ -78,6 +78,7 @@ def save_heads(
         folder.mkdir(parents=True, exist_ok=True)
         weights = head.saelens_weights()
         save_file(_on_cpu(weights), folder / WEIGHTS_FILE)
+        (folder / TRAINING_FILE).unlink(missing_ok=True)  # of a head that was saved here before
         if rest := {k: v for k, v in head.state_dict().items() if k not in weights}:
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))

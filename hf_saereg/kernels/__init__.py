@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import Tensor, float32, float64
 
+from hf_saereg.errors import UserError
 from hf_saereg.kernels import dense
 from hf_saereg.kernels.batch import batch_threshold
 from hf_saereg.kernels.codes import Above, Codes, LargestK, Selection
@@ -21,6 +22,19 @@ KERNELS = ("auto", "dense", "sparse")
 # d_sae 4,096), 2 cores: 0.3 in float32 and 0.2 in bfloat16 at d_sae 512; between 0.2
 # and 0.3 in both at 4,096.
 _CROSSOVER = 0.2
+
+
+def check_name(kernel: str) -> None:
+    """Check that there is such a kernel.
+
+    Args:
+        kernel: one of `KERNELS`.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
 
 
 def pick(kernel: str, density: float, x: Tensor) -> ModuleType:
@@ -35,10 +49,9 @@ def pick(kernel: str, density: float, x: Tensor) -> ModuleType:
         x: the activations to encode.
 
     Raises:
-        ValueError: if there is no such kernel.
+        UserError: if there is no such kernel.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
+    check_name(kernel)
     if kernel == "auto":
         fits = x.device.type == "cpu" and x.dtype in (float32, float64)
         kernel = "sparse" if fits and density < _CROSSOVER else "dense"
@@ -58,6 +71,7 @@ __all__ = [
     "LargestK",
     "Selection",
     "batch_threshold",
+    "check_name",
     "dense",
     "pick",
     "sparse",

@@ -8,7 +8,7 @@ Notable:
 import torch
 from torch import Tensor
 
-CHUNK = 2**21  # elements of the encoder product at once
+CHUNK = 2**21  # elements of the encoder product at once: the fastest of 2**19 … 2**23 on 2 cores
 
 
 @torch.no_grad()

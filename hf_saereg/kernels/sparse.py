@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_saereg.kernels import sparse_loops as loops
+from hf_saereg.kernels.batch import CHUNK
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
-
-_CHUNK = 2**21  # elements of the encoder product at once: the fastest of 2**19 … 2**23 on 2 cores
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -134,7 +133,7 @@ def _selected(
     bias = _array(b_enc)
     rows, W = x.to(_product_dtype(x)), W_enc.to(_product_dtype(x))
 
-    chunk = max(1, min(tokens, _CHUNK // d_sae))
+    chunk = max(1, min(tokens, CHUNK // d_sae))
     # Room for every latent of a chunk; the system provides only the pages that are written.
     pre = torch.empty(chunk * d_sae, dtype=x.dtype)
     latents = torch.empty(chunk * d_sae, dtype=torch.int32)
