@@ -6,8 +6,12 @@ Notable:
   of coefficients and one learning rate then serve a plain and a regularized model alike
 - each head minimises its own R + S + A, unscaled, as the published fresh SAEs do
 - `b_dec` starts at the mean activation
+- the learning rate is constant until a final cooldown, so that heads trained half as long cost one
+  more short cooldown: their distance from the final ones says how far training still mattered
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +29,7 @@ from hf_saereg.heads.bank import HeadBank
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 SCALING_BATCHES = 8
+COOLDOWN = 0.2  # share of the steps in which the learning rate falls to 0
 
 
 @dataclass
@@ -50,7 +55,7 @@ class FreshHeadsArguments:
     fresh_steps: int = field(default=1200, metadata={"help": "Training steps of the fresh heads."})
     fresh_batch_size: int = field(default=32, metadata={"help": "Blocks a step."})
     fresh_learning_rate: float = field(
-        default=4e-3, metadata={"help": "Peak learning rate of Adam; cosine to a tenth of it."}
+        default=4e-3, metadata={"help": "Learning rate of Adam; falls to 0 in the last fifth."}
     )
     fresh_warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
     fidelity_blocks: int = field(
@@ -132,6 +137,9 @@ class Cell:
         return config
 
 
+Grid = dict[Cell, HeadBank]
+
+
 def _sparsity_option(architecture: str) -> str:
     if architecture not in FAMILIES:
         raise HeadConfigError(
@@ -147,8 +155,8 @@ def train_fresh_heads(
     arguments: FreshHeadsArguments,
     seed: int,
     description: str,
-    on_half: Callable[[dict[Cell, HeadBank]], None] | None = None,
-) -> dict[Cell, HeadBank]:
+    on_half: Callable[[Grid], None] | None = None,
+) -> Grid:
     """Train every cell of the grid on every site of a frozen model.
 
     Args:
@@ -157,7 +165,7 @@ def train_fresh_heads(
         arguments: grid and schedule.
         seed: of initialisation and order.
         description: of the progress bar.
-        on_half: is given the heads as they stand after half of the steps.
+        on_half: is given the heads that half as many steps, with their own cooldown, lead to.
 
     Returns:
         Heads that read raw activations, by cell.
@@ -173,25 +181,63 @@ def train_fresh_heads(
         lr=arguments.fresh_learning_rate,
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(arguments))
-    half = arguments.fresh_steps // 2
-    for step in tqdm(range(arguments.fresh_steps), desc=description, dynamic_ncols=True):
-        if step == half and on_half is not None:
-            on_half(_folded(grid, scales))
-        activations = {
-            hook_name: x * scales[hook_name]
-            for hook_name, x in _activations(model, next(batches)).items()
-        }
-        loss = torch.zeros((), device=model.device)
-        for bank in grid.values():
-            for head in bank:
-                losses = head.losses(activations[head.config.hook_name])
-                loss = loss + losses.reconstruction + losses.sparsity + losses.auxiliary
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    steps, half = arguments.fresh_steps, arguments.fresh_steps // 2
+    fork = cooldown_start(half)
+    progress = tqdm(total=steps + half - fork, desc=description, dynamic_ncols=True)
+
+    def train(
+        grid: Grid, optimizer: torch.optim.Adam, batches: Iterator[Tensor], span: range, length: int
+    ) -> None:
+        for step, batch in zip(span, batches, strict=False):
+            factor = learning_rate_factor(step, length, arguments.fresh_warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = arguments.fresh_learning_rate * factor
+            activations = {
+                hook_name: x * scales[hook_name]
+                for hook_name, x in _activations(model, batch).items()
+            }
+            _step(grid, optimizer, activations)
+            progress.update()
+
+    with progress:
+        train(grid, optimizer, batches, range(fork), steps)
+        if on_half is not None:
+            upcoming = list(itertools.islice(batches, half - fork))
+            batches = itertools.chain(upcoming, batches)  # both see the same text
+            shorter, its_optimizer = copy.deepcopy((grid, optimizer))
+            train(shorter, its_optimizer, iter(upcoming), range(fork, half), half)
+            on_half(_folded(shorter, scales))
+        train(grid, optimizer, batches, range(fork, steps), steps)
     return _folded(grid, scales)
+
+
+def cooldown_start(length: int) -> int:
+    """First step of the cooldown of a training of `length` steps."""
+    return length - math.ceil(COOLDOWN * length)
+
+
+def learning_rate_factor(step: int, length: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, constant, linear cooldown to 0.
+
+    Args:
+        step: from 0.
+        length: steps in all.
+        warmup_steps: of the warm-up.
+    """
+    start = cooldown_start(length)
+    warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    cooldown = (length - step) / (length - start + 1) if step >= start else 1.0
+    return min(warmup, cooldown)
+
+
+def _step(grid: Grid, optimizer: torch.optim.Adam, activations: dict[str, Tensor]) -> None:
+    every = (
+        head.losses(activations[head.config.hook_name]) for bank in grid.values() for head in bank
+    )
+    totals = [losses.reconstruction + losses.sparsity + losses.auxiliary for losses in every]
+    optimizer.zero_grad()
+    torch.stack(totals).sum().backward()
+    optimizer.step()
 
 
 def _endless_batches(blocks: Dataset, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -234,19 +280,8 @@ def _fresh_bank(cell: Cell, d_sae: dict[str, int], means: dict[str, Tensor]) -> 
     return bank
 
 
-def _folded(grid: dict[Cell, HeadBank], scales: dict[str, float]) -> dict[Cell, HeadBank]:
+def _folded(grid: Grid, scales: dict[str, float]) -> Grid:
     return {
         cell: HeadBank(head.folded(scales[head.config.hook_name]) for head in bank)
         for cell, bank in grid.items()
     }
-
-
-def _warmup_then_cosine(arguments: FreshHeadsArguments) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < arguments.fresh_warmup_steps:
-            return (step + 1) / arguments.fresh_warmup_steps
-        rest = max(1, arguments.fresh_steps - arguments.fresh_warmup_steps)
-        progress = (step - arguments.fresh_warmup_steps) / rest
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    return factor
