@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 
 from hf_saereg import kernels
-from hf_saereg.heads import SAEHead, SAEHeadConfig, make_head
-from hf_saereg.kernels import Above, LargestK, dense, sparse
+from hf_saereg.heads import FAMILIES, SAEHead, SAEHeadConfig, make_head
+from hf_saereg.kernels import Above, LargestK, chunks, dense, sparse
 
-ARCHITECTURES = ("standard", "topk")
+ARCHITECTURES = tuple(FAMILIES)
 
 
 def head_and_tokens(architecture, tokens, d_in, d_sae, k=1, seed=0, dtype=torch.float64):
@@ -21,21 +22,20 @@ def head_and_tokens(architecture, tokens, d_in, d_sae, k=1, seed=0, dtype=torch.
     config = SAEHeadConfig(architecture, "a site", d_in, d_sae, sparsity_coefficient=0.3, k=k)
     head = make_head(config).to(dtype)
     with torch.no_grad():
-        head.b_enc.normal_()
-        head.b_dec.normal_()
+        for bias in (head.encoder_bias, head.b_dec):
+            bias.normal_()
     return head, torch.randn(tokens, d_in, dtype=dtype)
 
 
 def losses_and_gradients(head: SAEHead, x, kernel, autocast=False):
-    """The two losses, then the gradients of x and of every parameter."""
+    """The three losses, then the gradients of x and of every parameter."""
     head.kernel = kernel
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         losses = head.losses(x)
-        reconstruction, sparsity = losses.reconstruction, losses.sparsity
-        term = reconstruction + sparsity
-    gradients = torch.autograd.grad(term, [x, *head.parameters()], materialize_grads=True)
-    return [reconstruction.detach(), sparsity.detach(), *gradients]
+        parts = losses.reconstruction, losses.sparsity, losses.auxiliary
+    gradients = torch.autograd.grad(sum(parts), [x, *head.parameters()], materialize_grads=True)
+    return [*(part.detach() for part in parts), *gradients]
 
 
 def relative_errors(measured, reference):
@@ -69,8 +69,38 @@ def test_float64_losses_and_gradients_are_the_dense_ones(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_several_chunks(architecture, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK", 1000)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 1000)
     assert_equal_to_dense(*head_and_tokens(architecture, 101, 6, 67, k=5))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float64", "bfloat16"])
+def test_the_dense_definition_is_the_same_in_chunks(architecture, autocast, monkeypatch):
+    dtype = torch.float32 if autocast else torch.float64
+    head, x = head_and_tokens(architecture, 101, 6, 67, k=5, dtype=dtype)
+    whole = losses_and_gradients(head, x, "dense", autocast)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 1000)
+    chunked = losses_and_gradients(head, x, "dense", autocast)
+    # gradients of the weights are rounded to bfloat16 chunk by chunk
+    errors = relative_errors(chunked, [part.double() for part in whole])
+    assert max(errors) < (1e-2 if autocast else 1e-13)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_no_array_of_tokens_times_latents_is_ever_alive(architecture, kernel, monkeypatch):
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 2**15)
+    head, x = head_and_tokens(architecture, 2000, 8, 512, k=10, dtype=torch.float32)
+    with torch.no_grad():
+        head.encoder_bias.sub_(5 if kernel == "sparse" else 0)
+    with profile(profile_memory=True) as profiler:
+        losses_and_gradients(head, x, kernel)
+    alive, peak = 0, 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    assert x.numel() * x.element_size() < peak < len(x) * 512 * x.element_size() / 2
 
 
 @pytest.mark.parametrize("b_enc", [-1e6, 1e6], ids=["no latent active", "all active"])
@@ -94,17 +124,21 @@ def test_memory_layout_of_x_does_not_matter(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
-    head, x = head_and_tokens(architecture, 2000, 64, 512, k=20)
-    with torch.no_grad():
-        head.b_enc -= 3
-    reference = losses_and_gradients(head, x, "dense")
-    head, x = head.float(), x.float()
-    dense_errors = relative_errors(losses_and_gradients(head, x, "dense", autocast), reference)
-    errors = relative_errors(losses_and_gradients(head, x, "sparse", autocast), reference)
-    # the errors of the losses, two numbers, are partly luck: hence some slack
-    slack = 1e-3 if autocast else 1e-6
-    for error, dense_error in zip(errors, dense_errors, strict=True):
-        assert error <= 1.5 * dense_error + slack
+    # which latent crosses a threshold by rounding is luck: means over seeds, and some slack
+    slack, bound = (1e-3, 0.1) if autocast else (2e-5, 5e-3)
+    dense_errors, errors = [], []
+    for seed in range(4):
+        head, x = head_and_tokens(architecture, 1000, 64, 512, k=20, seed=seed)
+        with torch.no_grad():
+            head.encoder_bias.sub_(3)
+        reference = losses_and_gradients(head, x, "dense")
+        head, x = head.float(), x.float()
+        for kernel, its_errors in (("dense", dense_errors), ("sparse", errors)):
+            measured = losses_and_gradients(head, x, kernel, autocast)
+            its_errors.append(relative_errors(measured, reference))
+    dense_errors, errors = torch.tensor(dense_errors).mean(0), torch.tensor(errors).mean(0)
+    assert (errors <= 1.2 * dense_errors + slack).all()
+    assert max(errors) < bound
 
 
 @pytest.mark.parametrize("selection", [Above(0.1), LargestK(3)])

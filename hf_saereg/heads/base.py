@@ -11,14 +11,17 @@ Notable:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from hf_saereg import kernels
 from hf_saereg.errors import UserError
+from hf_saereg.kernels.chunks import chunk_size, in_chunks
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 
 # enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
@@ -254,17 +257,31 @@ class SAEHead(nn.Module, ABC):
         centred = x - self.b_dec
         selection = self.selection(centred)
         kernel = kernels.pick(self.kernel, self._density(centred, selection), x)
-        codes = kernel.encode(centred, self.W_enc, self.encoder_bias, selection)
-        values = self.activate(codes, selection)
-        x_hat = kernel.decode(values, codes, self.W_dec, self.b_dec)  # (tokens, d_in)
-        squared_error = (x - x_hat).square().sum()
+        one_pass = partial(self._pass, kernel, selection)
+        if kernel is kernels.dense:
+            one_pass = partial(in_chunks, one_pass, chunk_size(x, self.config.d_sae))
+        x_hat, sparsity, auxiliary, fired = one_pass(x, centred)
+        squared_error = mse_loss(x_hat, x, reduction="sum")
         return Reconstruction(
             x_hat=x_hat,
             squared_error=squared_error,
-            sparsity=self.sparsity(codes, values),
-            auxiliary=self.auxiliary(x, codes, kernel),
-            statistics=self._statistics(x.detach(), squared_error.detach(), codes, values.detach()),
+            sparsity=sparsity,
+            auxiliary=auxiliary,
+            statistics=_statistics(x.detach(), squared_error.detach(), fired),
         )
+
+    def _pass(
+        self, kernel: ModuleType, selection: Selection, x: Tensor, centred: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x̂, the sums of sparsity and auxiliary loss, and how often each latent fired."""
+        codes = kernel.encode(centred, self.W_enc, self.encoder_bias, selection)
+        values = self.activate(codes, selection)
+        sparsity = self.sparsity(codes, values)
+        auxiliary = self.auxiliary(x, codes, kernel)
+        # last, so that a backward pass that computes this again stops before the product
+        x_hat = kernel.decode(values, codes, self.W_dec, self.b_dec)  # (tokens, d_in)
+        fired = codes.counts(values.detach() != 0, self.config.d_sae)
+        return x_hat, sparsity, auxiliary, fired
 
     def losses(self, x: Tensor) -> SAELosses:
         """Losses on the tokens x.
@@ -313,15 +330,15 @@ class SAEHead(nn.Module, ABC):
         pre = kernels.dense.encode(sample, self.W_enc, self.encoder_bias, selection).pre
         return (pre > selection.threshold).double().mean().item()
 
-    def _statistics(
-        self, x: Tensor, squared_error: Tensor, codes: Codes, values: Tensor
-    ) -> SiteStatistics:
-        exact = x.double()  # a variance is a small difference of large sums
-        return SiteStatistics(
-            tokens=torch.tensor(len(x), device=x.device),
-            squared_error=squared_error.double(),
-            x_sum=exact.sum(dim=0),
-            x_square=exact.square().sum(),
-            x_norm=x.norm(dim=-1).sum().double(),
-            fired=codes.counts(values != 0, self.config.d_sae),
-        )
+
+def _statistics(x: Tensor, squared_error: Tensor, fired: Tensor) -> SiteStatistics:
+    # in double precision: a variance is a small difference of large sums
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)  # (tokens,)
+    return SiteStatistics(
+        tokens=torch.tensor(len(x), device=x.device),
+        squared_error=squared_error.double(),
+        x_sum=x.sum(dim=0, dtype=torch.float64),
+        x_square=norms.square().sum(),
+        x_norm=norms.sum(),
+        fired=fired,
+    )

@@ -1,8 +1,9 @@
-"""The definition: encode and decode as two whole matrix products, differentiated by autograd.
+"""The definition: encode and decode as two matrix products, differentiated by autograd.
 
 Notable:
 - every other kernel returns these values and these gradients; the tests hold them to it
-- under autocast the two products run in its dtype, everything else in the dtype of x
+- under autocast the two products run in its dtype, everything else in the dtype of x: what a
+  bias loses with the product is given back, or a large one would drown what is left of it
 """
 
 import torch
@@ -24,11 +25,22 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Cod
     Returns:
         Dense codes, `pre` of shape (tokens, d_sae).
     """
-    pre = torch.addmm(b_enc, x, W_enc)  # (tokens, d_sae)
+    rounded = rounded_bias(x, b_enc)
+    pre = torch.addmm(rounded, x, W_enc)  # (tokens, d_sae)
+    if rounded is not b_enc:
+        pre = pre + (b_enc - rounded)  # in the dtype of x again
     if isinstance(selection, LargestK):
         indices = pre.topk(selection.k, dim=-1).indices
         pre = pre * torch.zeros_like(pre).scatter_(-1, indices, 1.0)
     return Codes(pre)
+
+
+def rounded_bias(x: Tensor, b_enc: Tensor) -> Tensor:
+    """The part of `b_enc`, (d_sae,), that the product adds: all, or what autocast's dtype holds."""
+    # float64 is left alone by autocast
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        return b_enc.detach().to(torch.get_autocast_dtype(x.device.type))
+    return b_enc
 
 
 def decode(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_saereg.kernels import sparse_loops as loops
-from hf_saereg.kernels.batch import CHUNK
+from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
+from hf_saereg.kernels.dense import rounded_bias
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -130,10 +131,11 @@ def _selected(
     else:
         threshold = torch.as_tensor(selection.threshold, dtype=x.dtype)
         loop, limit = loops.select_above, _array(threshold.expand(d_sae))
-    bias = _array(b_enc)
-    rows, W = x.to(_product_dtype(x)), W_enc.to(_product_dtype(x))
+    rounded = rounded_bias(x, b_enc)
+    bias = _array(b_enc - rounded)  # what the product does not add
+    rows, W = x.to(rounded.dtype), W_enc.to(rounded.dtype)
 
-    chunk = max(1, min(tokens, CHUNK // d_sae))
+    chunk = max(1, min(tokens, chunk_size(x, d_sae)))
     # Room for every latent of a chunk; the system provides only the pages that are written.
     pre = torch.empty(chunk * d_sae, dtype=x.dtype)
     latents = torch.empty(chunk * d_sae, dtype=torch.int32)
@@ -142,7 +144,7 @@ def _selected(
     buffer = torch.empty(chunk, d_sae, dtype=W.dtype)
     for first in range(0, tokens, chunk):
         some_rows = rows[first : first + chunk]
-        product = torch.mm(some_rows, W, out=buffer[: len(some_rows)])
+        product = torch.addmm(rounded, some_rows, W, out=buffer[: len(some_rows)])
         parts = _even(len(product))
         out = _array(pre), _array(latents), _array(offsets[first + 1 :])
         for (start, _), found in zip(
@@ -152,13 +154,6 @@ def _selected(
             found_pre.append(pre[entries].clone())
             found_latents.append(latents[entries].clone())
     return torch.cat(found_pre), torch.cat(found_latents), offsets.cumsum(0)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    # float64 is left alone by autocast
-    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
-        return torch.get_autocast_dtype("cpu")
-    return x.dtype
 
 
 def _product_array(product: Tensor) -> np.ndarray:

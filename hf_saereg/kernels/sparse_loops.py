@@ -76,7 +76,7 @@ def select_above(
     start: int,
     stop: int,
     product: ndarray,
-    b_enc: ndarray,
+    bias: ndarray,
     thresholds: ndarray,
     pre: ndarray,
     latents: ndarray,
@@ -87,8 +87,8 @@ def select_above(
     Args:
         start: first token of this part.
         stop: token after the last one.
-        product: (tokens, d_sae), x W_enc; uint16 stands for bfloat16.
-        b_enc: (d_sae,).
+        product: (tokens, d_sae), what the encoder product holds; uint16 stands for bfloat16.
+        bias: (d_sae,), added to each row of the product.
         thresholds: (d_sae,).
         pre: (tokens * d_sae,), written from `start * d_sae` on.
         latents: (tokens * d_sae,) int32, likewise.
@@ -97,8 +97,8 @@ def select_above(
     Returns:
         Number of entries of this part.
     """
-    d_sae = b_enc.size
-    row = np.empty(d_sae, b_enc.dtype)
+    d_sae = bias.size
+    row = np.empty(d_sae, bias.dtype)
     flags = np.zeros(-(-d_sae // 8) * 8, np.uint8)
     words = flags.view(np.uint64)
     first = start * d_sae
@@ -106,7 +106,7 @@ def select_above(
     for token in range(start, stop):
         raw = product[token]
         for j in range(d_sae):
-            value = _widen(raw[j]) + b_enc[j]
+            value = _widen(raw[j]) + bias[j]
             row[j] = value
             flags[j] = not (value <= thresholds[j])
         token_first = end
@@ -152,7 +152,7 @@ def select_largest(
     start: int,
     stop: int,
     product: ndarray,
-    b_enc: ndarray,
+    bias: ndarray,
     k: int,
     pre: ndarray,
     latents: ndarray,
@@ -165,15 +165,15 @@ def select_largest(
 
     Args and return value as for `select_above`, with k in the place of the thresholds.
     """
-    d_sae = b_enc.size
+    d_sae = bias.size
     groups = min(d_sae, 8 * k)
     # Ranks are of finite numbers, NaN the largest, as in torch.topk.
-    largest = b_enc.dtype.type(np.finfo(b_enc.dtype).max / 4)
-    row = np.empty(d_sae, b_enc.dtype)
-    ranked = np.empty(d_sae, b_enc.dtype)
-    maxima = np.empty(groups, b_enc.dtype)
+    largest = bias.dtype.type(np.finfo(bias.dtype).max / 4)
+    row = np.empty(d_sae, bias.dtype)
+    ranked = np.empty(d_sae, bias.dtype)
+    maxima = np.empty(groups, bias.dtype)
     candidates = np.empty(d_sae, np.int32)
-    candidate_values = np.empty(d_sae, b_enc.dtype)
+    candidate_values = np.empty(d_sae, bias.dtype)
     flags = np.zeros(-(-d_sae // 8) * 8, np.uint8)
     words = flags.view(np.uint64)
     first = start * d_sae
@@ -181,7 +181,7 @@ def select_largest(
     for token in range(start, stop):
         raw = product[token]
         for j in range(d_sae):
-            value = _widen(raw[j]) + b_enc[j]
+            value = _widen(raw[j]) + bias[j]
             row[j] = value
             value = value if value < largest else largest
             ranked[j] = value if value > -largest else -largest
