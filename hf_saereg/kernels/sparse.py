@@ -13,6 +13,7 @@ Notable:
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -137,11 +138,11 @@ def _selected(
 
     chunk = max(1, min(tokens, chunk_size(x, d_sae)))
     # Room for every latent of a chunk; the system provides only the pages that are written.
-    pre = torch.empty(chunk * d_sae, dtype=x.dtype)
-    latents = torch.empty(chunk * d_sae, dtype=torch.int32)
+    pre = _scratch("pre", chunk * d_sae, x.dtype)
+    latents = _scratch("latents", chunk * d_sae, torch.int32)
     offsets = torch.zeros(tokens + 1, dtype=torch.int64)  # counts, until summed up
     found_pre, found_latents = [pre[:0]], [latents[:0]]
-    buffer = torch.empty(chunk, d_sae, dtype=W.dtype)
+    buffer = _scratch("product", chunk * d_sae, W.dtype).view(chunk, d_sae)
     for first in range(0, tokens, chunk):
         some_rows = rows[first : first + chunk]
         product = torch.addmm(rounded, some_rows, W, out=buffer[: len(some_rows)])
@@ -154,6 +155,22 @@ def _selected(
             found_pre.append(pre[entries].clone())
             found_latents.append(latents[entries].clone())
     return torch.cat(found_pre), torch.cat(found_latents), offsets.cumsum(0)
+
+
+_kept = threading.local()
+
+
+def _scratch(use: str, size: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, (size,), the same in every call of this thread.
+
+    Allocated anew for every batch, most of its cost would be the system's: it hands out its pages
+    one by one.
+    """
+    kept = getattr(_kept, use, None)
+    if kept is None or kept.dtype != dtype or len(kept) < size:
+        kept = torch.empty(size, dtype=dtype)
+        setattr(_kept, use, kept)
+    return kept[:size]
 
 
 def _product_array(product: Tensor) -> np.ndarray:
