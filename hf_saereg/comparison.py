@@ -78,7 +78,7 @@ def score_model(
         scores = fidelity(model, model.heads, batches, base.clean_ce)
         config = model.heads.configs[0]
         labels = {"model": name, "family": config.architecture, "source": "cotrained"}
-        labels["sparsity"] = config.k or config.sparsity_coefficient
+        labels["sparsity"] = config.k or config.target_l0 or config.sparsity_coefficient
         _append(rows, compound, labels, scores, None)
     scoring += time.monotonic() - start
     result = {
@@ -150,7 +150,9 @@ def describe_setup(
         HeadConfigError: if the fresh heads' sizes do not fit the sites.
     """
     fresh_d_sae = fresh.d_sae_by_site(gpt2_hook_names(config.n_layer)).values()
-    sparsity = f"k {_listed(heads.k)}" if heads.k else f"c {_listed(heads.sparsity_coefficient)}"
+    sparsity = f"c {_listed(heads.sparsity_coefficient)}"
+    if heads.k or heads.target_l0:
+        sparsity = f"{'k' if heads.k else 'target L0'} {_listed(heads.k or heads.target_l0)}"
     devices = f"{arguments.world_size} × {arguments.device.type}"
     return {
         "title": f"SAE regularization on {corpus.dataset}",

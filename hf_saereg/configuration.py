@@ -6,7 +6,7 @@ Notable:
 - every list holds one value for all sites or one a site, in stream order
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from transformers import GPT2Config, PreTrainedTokenizerBase
@@ -51,8 +51,43 @@ class HeadsArguments:
     reconstruction_weight: list[float] = field(
         default_factory=lambda: [3.0], metadata={"help": "λ, the weight of R + A in the term."}
     )
+    target_l0: list[float] | None = field(
+        default=None,
+        metadata={"help": "L0 that a controller drives c to (standard, gated and jumprelu heads)."},
+    )
+    normalization: str = field(
+        default="published",
+        metadata={
+            "help": "How heads read their site and what R + A is divided by: published, detached, "
+            "layer_norm or variance."
+        },
+    )
     bandwidth: float = field(
         default=0.1, metadata={"help": "ε, the straight-through window of jumprelu heads."}
+    )
+    reference_window: bool = field(
+        default=False, metadata={"help": "The published code's window (jumprelu heads)."}
+    )
+    quadratic_penalty: bool = field(
+        default=False, metadata={"help": "c (L0 / target_l0 - 1)² instead of c L0 (jumprelu)."}
+    )
+    rectified: bool = field(
+        default=True, metadata={"help": "ReLU on the selected values (topk heads)."}
+    )
+    tied: bool = field(
+        default=False, metadata={"help": "W_enc is the transpose of W_dec (standard, gated)."}
+    )
+    auxk: int = field(
+        default=0, metadata={"help": "Dead latents that fit the error (topk and batchtopk heads)."}
+    )
+    auxk_coefficient: float = field(
+        default=1 / 32, metadata={"help": "Weight of the dead latents' loss."}
+    )
+    dead_after_tokens: int = field(
+        default=1_000_000, metadata={"help": "A latent that fired on none of as many is dead."}
+    )
+    unit_decoder_norm: bool = field(
+        default=False, metadata={"help": "Keep the rows of W_dec at norm 1."}
     )
 
     def head_configs(self, model_config: GPT2Config) -> list[SAEHeadConfig]:
@@ -77,25 +112,27 @@ class HeadsArguments:
                 f"hook_names is {hook_names}; name at least one site, and each site once."
             )
         hook_names = sorted(hook_names, key=sites.index)
+        by_site = {
+            "d_sae": self.d_sae,
+            "k": self.k or [None],
+            "target_l0": self.target_l0 or [None],
+            "sparsity_coefficient": self.sparsity_coefficient,
+            "reconstruction_weight": self.reconstruction_weight,
+        }
+        own = {name: one_a_site(name, values, len(hook_names)) for name, values in by_site.items()}
+        shared = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name not in (*by_site, "hook_names")
+        }
         return [
             SAEHeadConfig(
-                architecture=self.architecture,
                 hook_name=hook_name,
                 d_in=model_config.n_embd,
-                d_sae=d_sae,
-                k=k,
-                sparsity_coefficient=sparsity_coefficient,
-                reconstruction_weight=reconstruction_weight,
-                bandwidth=self.bandwidth,
+                **shared,
+                **{name: values[i] for name, values in own.items()},
             )
-            for hook_name, d_sae, k, sparsity_coefficient, reconstruction_weight in zip(
-                hook_names,
-                one_a_site("d_sae", self.d_sae, len(hook_names)),
-                one_a_site("k", self.k or [None], len(hook_names)),
-                one_a_site("sparsity_coefficient", self.sparsity_coefficient, len(hook_names)),
-                one_a_site("reconstruction_weight", self.reconstruction_weight, len(hook_names)),
-                strict=True,
-            )
+            for i, hook_name in enumerate(hook_names)
         ]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hf_saereg.heads import SiteStatistics
 from hf_saereg.heads.bank import HeadBank
-from hf_saereg.heads.base import SAEHead
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SiteFunction
+from hf_saereg.splicing import Splice
 
 Batch = dict[str, Tensor]  # input_ids and labels, (batch, sequence); attention_mask where padded
 
@@ -63,25 +63,6 @@ class Baselines(NamedTuple):
     mean_ablated_ce: dict[str, float]
     mean_ablated_ce_all: float
     residual_norm: dict[str, float]
-
-
-class Splice:
-    """Replaces a site's activations by a head's reconstruction and keeps count."""
-
-    def __init__(self, head: SAEHead) -> None:
-        self.head = head
-        self.mask: Tensor | None = None  # (batch, sequence), of the batch under way
-        self.statistics: SiteStatistics | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Reconstruction of x, (batch, sequence, d_in), with padding as it was."""
-        mask = torch.ones(x.shape[:-1], dtype=torch.bool) if self.mask is None else self.mask.bool()
-        replaced = x.clone()
-        reconstruction = self.head.reconstruct(x[mask])
-        replaced[mask] = reconstruction.x_hat.to(x.dtype)
-        seen = reconstruction.statistics
-        self.statistics = seen if self.statistics is None else self.statistics.merged(seen)
-        return replaced
 
 
 @torch.no_grad()

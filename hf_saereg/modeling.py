@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
@@ -34,7 +35,8 @@ from hf_saereg.heads.folder import (
     save_heads,
     saved_hook_names,
 )
-from hf_saereg.regularizer import SiteTerm, regularization
+from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
+from hf_saereg.splicing import Splice
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
@@ -48,10 +50,13 @@ class SAERegOutput(CausalLMOutputWithCrossAttentions):
 
     Args:
         term: () regularization term, not part of `loss`; None when it was not asked for.
+        spliced_loss: () CE or KL of a forward pass with reconstructions in place of the
+            activations, scaled as `loss` is; None unless the model's `term` gives it a weight.
         sites: each site's losses and part of the term, by hook name.
     """
 
     term: Tensor | None = None
+    spliced_loss: Tensor | None = None
     sites: dict[str, SiteTerm] | None = None
 
 
@@ -68,22 +73,30 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the names of its own classes
         self.heads = HeadBank()
+        self.term = TermOptions()  # how the term is computed in training
 
     @property
     def hook_names(self) -> list[str]:
         """All sites of this model, in stream order, with or without a head."""
         return gpt2_hook_names(self.config.n_layer)
 
-    def attach_heads(self, configs: Iterable[SAEHeadConfig]) -> None:
+    def attach_heads(
+        self, configs: Iterable[SAEHeadConfig], term: TermOptions | None = None
+    ) -> None:
         """Put freshly initialised heads on the stream, in place of those that were there.
 
         Args:
             configs: one a site.
+            term: how their term is computed in training; on all tokens and sites by default.
 
         Raises:
-            HeadConfigError: if a site or width is not this model's, or a head cannot be made.
+            HeadConfigError: if a site or width is not this model's, a head cannot be made, or
+                `term` asks for more sites than there are.
         """
         self._set_heads(HeadBank(make_head(config) for config in configs))
+        if term is not None:
+            term.check_sites(len(self.heads))
+            self.term = term
 
     def _set_heads(self, heads: HeadBank) -> None:
         for config in heads.configs:
@@ -150,6 +163,8 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         compute_term: bool | None = None,
+        term_step: int = 0,
+        term_draw: int = 0,
         **kwargs: Any,
     ) -> SAERegOutput:
         """GPT-2's forward pass, and the term of its heads.
@@ -159,6 +174,9 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             attention_mask: (batch, sequence), 0 at padding, which no head sees; left or right.
             labels: (batch, sequence), shifted inside, -100 where there is nothing to predict.
             compute_term: whether to run the heads; by default where there are labels and heads.
+            term_step: step of the training, the same on all processes: on it depends, in training
+                mode, which sites the term covers and which are spliced.
+            term_draw: of the micro-batch and process: on it too depends which tokens are drawn.
             **kwargs: as `GPT2LMHeadModel` takes them.
 
         Raises:
@@ -167,22 +185,41 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         if compute_term is None:
             compute_term = labels is not None and len(self.heads) > 0
         read = self.heads.hook_names if compute_term else []
+        if self.training:
+            read = self.term.sites_of_step(read, term_step)
         with self.reading(read) as activations:
             output = super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
             )
         if not read:
             return SAERegOutput(**output)
-        if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; the heads need "
-                    "(batch, sequence) to tell tokens from padding."
-                )
-            sequence = activations[read[0]].shape[1]
-            attention_mask = attention_mask[:, -sequence:]  # the rest belongs to cached keys
-        term, sites = regularization(self.heads, activations, attention_mask)
-        return SAERegOutput(**output, term=term, sites=sites)
+        mask = _token_mask(attention_mask, activations[read[0]])
+        kept = None
+        if self.training:
+            tokens = activations[read[0]][..., 0].numel() if mask is None else int(mask.sum())
+            kept = random_tokens(tokens, self.term.token_fraction, (term_step, term_draw))
+        term, sites = regularization(self.heads, activations, mask, kept)
+        spliced_loss = None
+        if self.training and self.term.splice_weight > 0:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            spliced_loss = self._spliced_loss(term_step, mask, output.logits, inputs | kwargs)
+        return SAERegOutput(**output, term=term, spliced_loss=spliced_loss, sites=sites)
+
+    def _spliced_loss(
+        self, step: int, mask: Tensor | None, plain_logits: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
+        hook_names = self.term.spliced_sites(self.heads.hook_names, step)
+        splices = {hook_name: Splice(self.heads[hook_name], mask) for hook_name in hook_names}
+        with self.at_sites(splices), _without_checkpointing(self.transformer.h):
+            output = super().forward(**inputs)
+        if self.term.splice_loss == "ce":
+            return output.loss
+        predicted = inputs["labels"][:, 1:] != -100  # (batch, sequence - 1)
+        log_p = plain_logits[:, :-1][predicted].detach().float().log_softmax(-1)
+        log_q = output.logits[:, :-1][predicted].float().log_softmax(-1)
+        number = inputs.get("num_items_in_batch")
+        kl = kl_div(log_q, log_p, log_target=True, reduction="sum")
+        return kl / (predicted.sum() if number is None else number)
 
     def plain_view(self) -> GPT2LMHeadModel:
         """The language model alone, as stock GPT-2 that shares this one's parameters."""
@@ -286,6 +323,32 @@ def _on_first_argument(function: SiteFunction) -> Callable[[nn.Module, tuple], t
         return None if replacement is None else (replacement, *args[1:])
 
     return pre_hook
+
+
+def _token_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """(batch, sequence) where a token of x, (batch, sequence, d_in), counts; None when all do."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; the heads need "
+            "(batch, sequence) to tell tokens from padding."
+        )
+    attention_mask = attention_mask[:, -x.shape[1] :]  # the rest belongs to cached keys
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+@contextmanager
+def _without_checkpointing(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """No gradient checkpointing inside: what it computes again would lack the splices."""
+    checkpointed = [block for block in blocks if block.gradient_checkpointing]
+    for block in checkpointed:
+        block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for block in checkpointed:
+            block.gradient_checkpointing = True
 
 
 def _checkpoint_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:

@@ -1,22 +1,126 @@
 """The regularization term over all sites of one forward pass.
 
-    term = 1/L · Σ_i [ λ_i · (R_i + A_i) / ‖X_i‖ + S_i ],   ‖X_i‖ = mean over tokens of ‖x‖₂
+    term = 1/L · Σ_i [ λ_i · (R_i + A_i) / N_i + S_i ]
+
+N by the `normalization` of a head:
+
+    published    ‖X‖, the mean over tokens of ‖x‖₂, differentiated
+    detached     ‖X‖, as a constant
+    layer_norm   √d_in; the head reads (x − mean) / std of each token, as a layer norm does
+    variance     √d_in; the head reads x divided by the batch's spread, differentiated
 
 Notable:
-- this is the published form: the norm is not detached, so the model is paid for shrinking ‖X‖
-  less than it seems but can still do so (R grows with its square)
-- (R + A) / ‖X‖ is a ratio of batch statistics: it is taken per micro-batch and process, as in the
-  published code, so unlike S it does not add up exactly over accumulated micro-batches
+- `published` and `detached` change when a model shrinks its activations, which every layer norm
+  undoes for free; the term of the other two does not change when X is multiplied by a constant
+- (R + A) / ‖X‖ is a ratio of batch statistics, and so is the spread: they are taken per micro-batch
+  and process, as in the published code, and do not add up exactly over accumulated micro-batches;
+  `layer_norm` is a mean over tokens and does
 - padding never reaches a head: positions masked out are dropped first
+- the term over a random subset of the tokens, or over some of the sites, is scaled as if it were
+  the whole: every part that is a mean over tokens keeps its expectation; ‖X‖ and the spread are the
+  subset's, and BatchTopK's threshold and the count of dead latents see the subset only
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_saereg.heads.bank import HeadBank
-from hf_saereg.heads.base import SAEHead, SAELosses
+from hf_saereg.heads.base import SAEHead
+from hf_saereg.heads.config import HeadConfigError
+from hf_saereg.heads.statistics import SAELosses
+
+SPLICE_LOSSES = ("ce", "kl")
+
+
+@dataclass
+class TermOptions:
+    """What the term is computed on, and the spliced loss beside it.
+
+    The spliced loss is that of a second forward pass with reconstructions in place of the
+    activations, each head reading the stream that the earlier ones have left: the heads and the
+    model both learn from it.
+    """
+
+    token_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the tokens that the term is computed on."}
+    )
+    sites_per_step: int | None = field(
+        default=None, metadata={"help": "Sites that a step's term covers, in turn; all by default."}
+    )
+    splice_weight: float = field(
+        default=0.0, metadata={"help": "α, weight of the loss with reconstructions spliced in."}
+    )
+    splice_loss: str = field(
+        default="ce",
+        metadata={"help": "ce, or kl from the model's own plain output, taken as a constant."},
+    )
+    splice_sites: int | None = field(
+        default=None, metadata={"help": "Sites spliced, drawn anew each step; all by default."}
+    )
+    term_warmup: list[int] = field(
+        default_factory=lambda: [0, 0],
+        metadata={"help": "Steps a b: the term's weight grows from 0 at step a to 1 at step b."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.token_fraction <= 1:
+            raise HeadConfigError(
+                f"token_fraction is {self.token_fraction}; it must be above 0 and at most 1."
+            )
+        for name in ("sites_per_step", "splice_sites"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise HeadConfigError(f"{name} is {number}; it must be at least 1.")
+        if not (math.isfinite(self.splice_weight) and self.splice_weight >= 0):
+            raise HeadConfigError(
+                f"splice_weight is {self.splice_weight}; it must be a finite number ≥ 0."
+            )
+        if self.splice_loss not in SPLICE_LOSSES:
+            raise HeadConfigError(
+                f"splice_loss is {self.splice_loss!r}; choose one of {', '.join(SPLICE_LOSSES)}."
+            )
+        steps = self.term_warmup
+        if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
+            raise HeadConfigError(
+                f"term_warmup is {steps}; give two steps a b with 0 ≤ a ≤ b, or 0 0 for none."
+            )
+
+    def check_sites(self, n_sites: int) -> None:
+        """Check that there are as many heads as are to be chosen among.
+
+        Raises:
+            HeadConfigError: if there are not.
+        """
+        for name in ("sites_per_step", "splice_sites"):
+            number = getattr(self, name)
+            if number is not None and number > n_sites:
+                raise HeadConfigError(
+                    f"{name} is {number}, but only {n_sites} sites have a head; choose fewer."
+                )
+
+    def warmup_factor(self, step: int) -> float:
+        """Weight of the term at a step, from 0."""
+        first, last = self.term_warmup
+        return min(1.0, max(0.0, (step - first + 1) / (last - first + 1)))
+
+    def sites_of_step(self, hook_names: Sequence[str], step: int) -> list[str]:
+        """The sites of a step's term, in stream order: consecutive groups, in turn."""
+        number = self.sites_per_step or len(hook_names)
+        first = step * number
+        chosen = {hook_names[(first + i) % len(hook_names)] for i in range(number)}
+        return [hook_name for hook_name in hook_names if hook_name in chosen]
+
+    def spliced_sites(self, hook_names: Sequence[str], step: int) -> list[str]:
+        """The sites spliced at a step, in stream order: drawn alike on every process."""
+        number = self.splice_sites or len(hook_names)
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randperm(len(hook_names), generator=generator)[:number].tolist()
+        return [hook_names[i] for i in sorted(chosen)]
 
 
 class SiteTerm(NamedTuple):
@@ -24,7 +128,7 @@ class SiteTerm(NamedTuple):
 
     Attributes:
         losses: the head's losses.
-        value: () λ (R + A) / ‖X‖ + S.
+        value: () λ (R + A) / N + S.
     """
 
     losses: SAELosses
@@ -52,25 +156,52 @@ def site_term(head: SAEHead, x: Tensor) -> SiteTerm:
     """
     losses = head.losses(x)
     error = losses.reconstruction + losses.auxiliary
-    # without a token R + A is 0, and a norm of 1 keeps the ratio, and its gradient, defined
-    x_norm = x.norm(dim=-1).mean() if len(x) else x.new_ones(())
-    return SiteTerm(losses, head.config.reconstruction_weight * error / x_norm + losses.sparsity)
+    if head.config.normalization in ("layer_norm", "variance"):
+        scale = math.sqrt(head.config.d_in)
+    elif len(x) == 0:
+        scale = 1.0  # R + A is 0, and a norm of 1 keeps the ratio, and its gradient, defined
+    elif head.config.normalization == "detached":
+        scale = losses.norm.detach()
+    else:
+        scale = losses.norm
+    return SiteTerm(losses, head.config.reconstruction_weight * error / scale + losses.sparsity)
 
 
 def regularization(
-    heads: HeadBank, activations: dict[str, Tensor], mask: Tensor | None = None
+    heads: HeadBank,
+    activations: dict[str, Tensor],
+    mask: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Regularization:
-    """The term over all sites that have a head.
+    """The term over the sites that have a head and whose activations are given.
 
     Args:
-        heads: at least one.
-        activations: (batch, sequence, d_in) by hook name.
+        heads: by site.
+        activations: (batch, sequence, d_in) by hook name; at least one.
         mask: (batch, sequence), non-zero where a token counts; None when all do.
+        kept: (tokens that count,) indices of those that the term is computed on; None for all.
     """
-    everywhere = mask is None or bool(mask.all())
     sites = {}
     for head in heads:
-        x = activations[head.config.hook_name]
-        tokens = x.flatten(0, -2) if everywhere else x[mask.bool()]
-        sites[head.config.hook_name] = site_term(head, tokens)
+        hook_name = head.config.hook_name
+        if hook_name not in activations:
+            continue
+        x = activations[hook_name]
+        tokens = x.flatten(0, -2) if mask is None else x[mask.bool()]
+        tokens = tokens if kept is None else tokens.index_select(0, kept)
+        sites[hook_name] = site_term(head, tokens)
     return Regularization(torch.stack([site.value for site in sites.values()]).mean(), sites)
+
+
+def random_tokens(tokens: int, fraction: float, seed: tuple[int, ...]) -> Tensor | None:
+    """Indices of a random share of the tokens, sorted; None for all of them.
+
+    Args:
+        tokens: how many there are.
+        fraction: share to keep, rounded up.
+        seed: what the choice depends on: step, micro-batch and process.
+    """
+    if fraction == 1:
+        return None
+    generator = torch.Generator().manual_seed(hash(seed))
+    return torch.randperm(tokens, generator=generator)[: math.ceil(fraction * tokens)].sort().values

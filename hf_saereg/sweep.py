@@ -48,6 +48,9 @@ class FreshHeadsArguments:
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
         metadata={"help": "One standard, gated or jumprelu head a value of c, at mean norm √d_in."},
     )
+    fresh_target_l0: list[float] | None = field(
+        default=None, metadata={"help": "One such head a target L0 instead, c steered towards it."}
+    )
     fresh_d_sae: list[int] = field(
         default_factory=lambda: [512],
         metadata={"help": "Latents a fresh head: one value for all sites or one a site."},
@@ -97,16 +100,22 @@ class FreshHeadsArguments:
             HeadConfigError: for an unknown family, or sizes and weights that no head can have.
         """
         grid = [
-            Cell(architecture, sparsity)
+            Cell(architecture, sparsity, option)
             for architecture in self.fresh_architectures
-            for sparsity in (
-                self.fresh_k if _sparsity_option(architecture) == "k" else self.fresh_coefficient
-            )
+            for option, values in [self._sparsities(architecture)]
+            for sparsity in values
         ]
         for cell in grid:
             for d_sae in self.fresh_d_sae:
                 cell.head("blocks.0.hook_resid_pre", 1, d_sae)
         return grid
+
+    def _sparsities(self, architecture: str) -> tuple[str, list[float]]:
+        if _sparsity_option(architecture) == "k":
+            return "k", self.fresh_k
+        if self.fresh_target_l0 is not None:
+            return "target_l0", self.fresh_target_l0
+        return "sparsity_coefficient", self.fresh_coefficient
 
 
 @dataclass(frozen=True)
@@ -114,12 +123,13 @@ class Cell:
     """One point of the grid: a family at a sparsity, on every site."""
 
     architecture: str
-    sparsity: float  # k for topk, c otherwise
+    sparsity: float
+    option: str  # what `sparsity` is of a head's configuration: k, c or a target
 
     @property
     def name(self) -> str:
-        """A file name: topk_k10, standard_c0.5."""
-        symbol = "k" if _sparsity_option(self.architecture) == "k" else "c"
+        """A file name: topk_k10, standard_c0.5, gated_l10."""
+        symbol = {"k": "k", "sparsity_coefficient": "c", "target_l0": "l"}[self.option]
         return f"{self.architecture}_{symbol}{self.sparsity:g}"
 
     def head(self, hook_name: str, d_in: int, d_sae: int) -> SAEHeadConfig:
@@ -130,7 +140,7 @@ class Cell:
         """
         whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
         sparsity = int(self.sparsity) if whole else self.sparsity
-        option = {_sparsity_option(self.architecture): sparsity}
+        option = {self.option: sparsity}
         config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **option)
         with torch.device("meta"):
             make_head(config)
@@ -231,13 +241,14 @@ def learning_rate_factor(step: int, length: int, warmup_steps: int) -> float:
 
 
 def _step(grid: Grid, optimizer: torch.optim.Adam, activations: dict[str, Tensor]) -> None:
-    every = (
-        head.losses(activations[head.config.hook_name]) for bank in grid.values() for head in bank
-    )
+    heads = [head for bank in grid.values() for head in bank]
+    every = [head.losses(activations[head.config.hook_name]) for head in heads]
     totals = [losses.reconstruction + losses.sparsity + losses.auxiliary for losses in every]
     optimizer.zero_grad()
     torch.stack(totals).sum().backward()
     optimizer.step()
+    for head, losses in zip(heads, every, strict=True):
+        head.observe(losses.statistics.fired, losses.statistics.tokens)
 
 
 def _endless_batches(blocks: Dataset, batch_size: int, seed: int) -> Iterator[Tensor]:

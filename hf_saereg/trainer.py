@@ -5,6 +5,8 @@ Notable:
   the tokens, as CE does: what is a mean over tokens matches one large batch exactly, and the ratio
   R / ‖X‖ of the published term is taken per micro-batch and process
 - the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it
+- after each optimizer step the heads see what all processes' tokens did: they count dead latents and
+  steer their coefficients alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
 - a checkpoint counts as complete once `trainer_state.json`, written last, is in it
 - no pickle is written beside the weights; optimizer and random state stay in `checkpoint-*`
@@ -19,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -33,6 +37,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_saereg import kernels
 from hf_saereg.errors import UserError
 from hf_saereg.heads.folder import check_matches
+from hf_saereg.heads.health import CENTRES, centre, resample
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
 from hf_saereg.run_folder import write_json
@@ -51,11 +56,15 @@ class SAERegArguments(TrainingArguments):
 
     Args:
         kernel: how the heads' losses are computed: auto, dense or sparse.
+        b_dec_init: where `b_dec` of new heads starts: zero, or the mean or geometric_median of the
+            first training rows' activations.
+        b_dec_init_rows: how many rows.
+        resample_every: steps after which dead latents get a new life; 0 for never.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
 
     Raises:
-        UserError: if there is no such kernel.
+        UserError: if there is no such kernel or centre, or a number cannot be.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -67,8 +76,26 @@ class SAERegArguments(TrainingArguments):
         metadata={"help": "How the heads' losses are computed: auto, dense or sparse."},
     )
 
+    b_dec_init: str = field(
+        default="zero",
+        metadata={"help": "Where b_dec of new heads starts: zero, mean or geometric_median."},
+    )
+    b_dec_init_rows: int = field(
+        default=64, metadata={"help": "Training rows that b_dec is initialised from."}
+    )
+    resample_every: int = field(
+        default=0, metadata={"help": "Steps after which dead latents start anew; 0: never."}
+    )
+
     def __post_init__(self) -> None:
         kernels.check_name(self.kernel)
+        if self.b_dec_init not in CENTRES:
+            raise UserError(
+                f"b_dec_init is {self.b_dec_init!r}; choose one of {', '.join(CENTRES)}."
+            )
+        for name, least in (("b_dec_init_rows", 1), ("resample_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()
@@ -116,6 +143,12 @@ class SAERegTrainer(Trainer):
         self._ce_sum, self._steps = torch.zeros((), device=self.args.device), 0
         for head in self.model.heads:
             head.kernel = self.args.kernel
+        # per site, of the micro-batches since the last optimizer step: fired, tokens
+        self._unobserved: dict[str, tuple[Tensor, Tensor]] = {}
+        self._micro_batch = 0  # since the last optimizer step
+        self._last_inputs: dict[str, Any] = {}
+        if self.model.heads:
+            self.add_callback(HeadUpkeep(self))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             self.add_callback(ReadableProgress())
 
@@ -132,6 +165,7 @@ class SAERegTrainer(Trainer):
         tokens = torch.tensor(sum(_token_count(inputs) for inputs in samples), device=device)
         self._tokens_in_batch = self.accelerator.reduce(tokens)
         self._steps += 1
+        self._micro_batch = 0
         return samples, num_items
 
     def compute_loss(
@@ -146,6 +180,8 @@ class SAERegTrainer(Trainer):
         Raises:
             NonFiniteLossError: if CE or the term is NaN or infinite.
         """
+        if model.training and self.model.heads:
+            inputs = {**inputs, **self._term_inputs()}
         ce, output = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -157,15 +193,38 @@ class SAERegTrainer(Trainer):
             meter = self._train_meter if model.training else self._eval_meter
             meter.update(output.sites)
             if model.training:
+                self._remember(inputs, output)
                 # DDP averages gradients over processes, hence the factor; CE carries it already
                 tokens = _token_count(inputs) * self.accelerator.num_processes
-                loss = ce + output.term * tokens / self._tokens_in_batch
+                term = output.term * tokens / self._tokens_in_batch
+                if output.spliced_loss is not None:
+                    averaged = num_items_in_batch is not None
+                    factor = self.accelerator.num_processes if averaged else 1
+                    term = term + factor * self.model.term.splice_weight * output.spliced_loss
+                loss = ce + self.model.term.warmup_factor(self.state.global_step) * term
         return (loss, output) if return_outputs else loss
 
+    def _term_inputs(self) -> dict[str, int]:
+        """What the random choices of a micro-batch depend on: a resumed run makes them again."""
+        draw = self._micro_batch * self.args.world_size + self.args.process_index
+        self._micro_batch += 1
+        return {"term_step": self.state.global_step, "term_draw": draw}
+
+    def _remember(self, inputs: dict[str, Any], output: SAERegOutput) -> None:
+        self._last_inputs = inputs
+        for hook_name, site in output.sites.items():
+            seen = (site.losses.statistics.fired, site.losses.statistics.tokens)
+            if hook_name in self._unobserved:
+                seen = tuple(map(torch.add, self._unobserved[hook_name], seen))
+            self._unobserved[hook_name] = seen
+
     def _check_finite(self, ce: Tensor, output: SAERegOutput) -> None:
-        if ce.isfinite() and (output.term is None or output.term.isfinite()):
+        parts = (ce, output.term, output.spliced_loss)
+        if all(part is None or part.isfinite() for part in parts):
             return
         broken = [] if ce.isfinite() else [f"the cross-entropy is {ce.item()}"]
+        if output.spliced_loss is not None and not output.spliced_loss.isfinite():
+            broken.append(f"the spliced loss is {output.spliced_loss.item()}")
         for hook_name, site in (output.sites or {}).items():
             if not site.value.isfinite():
                 broken.append(f"the term at {hook_name} is {site.value.item()}")
@@ -183,6 +242,46 @@ class SAERegTrainer(Trainer):
             if parameter.ndim >= 2 and not name.removeprefix("module.").startswith("heads.")
         ]
 
+    # ---- upkeep of the heads ----
+
+    def after_optimizer_step(self) -> None:
+        """Let the heads see what all processes' tokens did in the step that is over."""
+        seen, self._unobserved = self.accelerator.reduce(self._unobserved), {}
+        for head in self.model.heads:
+            if head.config.hook_name in seen:
+                head.observe(*seen[head.config.hook_name])
+        step = self.state.global_step + 1
+        if self.args.resample_every and step % self.args.resample_every == 0:
+            self._resample(step)
+
+    def _resample(self, step: int) -> None:
+        activations = self._activations(self._last_inputs)
+        generator = torch.Generator().manual_seed(step)
+        for head in self.model.heads:
+            resample(head, activations[head.config.hook_name], generator, self.optimizer.optimizer)
+            for parameter in head.parameters():  # every process has other tokens
+                parameter.data = broadcast(parameter.data)
+
+    def initialise_biases(self) -> None:
+        """Start `b_dec` of every head in the middle of the first training rows' activations."""
+        number = min(self.args.b_dec_init_rows, len(self.train_dataset))
+        rows = [self.train_dataset[i] for i in range(number)]
+        inputs = self._prepare_inputs(self.data_collator(rows))
+        for hook_name, x in self._activations(inputs).items():
+            head = self.model.heads[hook_name]
+            read = head.normalise(x.to(head.W_dec.dtype)).x
+            head.b_dec.data.copy_(centre(read, self.args.b_dec_init))
+
+    @torch.no_grad()
+    def _activations(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """(tokens, d_in) by hook name, without padding."""
+        with self.model.reading(self.model.heads.hook_names) as activations:
+            mask = inputs.get("attention_mask")
+            self.model.transformer(inputs["input_ids"], attention_mask=mask, use_cache=False)
+        if mask is None:
+            return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}
+        return {hook_name: x[mask.bool()] for hook_name, x in activations.items()}
+
     # ---- figures ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -191,8 +290,10 @@ class SAERegTrainer(Trainer):
             ce = self.accelerator.reduce(self._ce_sum, reduction="mean").item() / self._steps
             logs = {**logs, "ce": ce, "term_share": 1 - ce / logs["loss"]}
             logs |= self._train_meter.read(self.accelerator)
-            for config in self.model.heads.configs:
-                logs[f"coefficient/{config.hook_name}"] = config.sparsity_coefficient
+            for head in self.model.heads:
+                logs[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
+                # by tokens since a latent last fired, not by this window alone
+                logs[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
             self._ce_sum, self._steps = torch.zeros_like(self._ce_sum), 0
         super().log(logs, start_time)
 
@@ -298,6 +399,26 @@ class SAERegTrainer(Trainer):
         saved = type(self.model).from_pretrained(checkpoint)
         check_matches(saved.heads.configs, self.model.heads.configs)
         self.model.load_state_dict(saved.state_dict())
+
+
+class HeadUpkeep(TrainerCallback):
+    """Calls the trainer back where its loop has no method to override."""
+
+    def __init__(self, trainer: SAERegTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Initialise biases, unless the run goes on from a checkpoint."""
+        if state.global_step == 0 and args.b_dec_init != "zero":
+            self.trainer.initialise_biases()
+
+    def on_optimizer_step(
+        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count, steer, constrain, resample."""
+        self.trainer.after_optimizer_step()
 
 
 class ReadableProgress(ProgressCallback):

@@ -20,6 +20,7 @@ from hf_saereg.corpora import CorpusArguments, character_tokenizer, collate_bloc
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
+from hf_saereg.regularizer import TermOptions
 from hf_saereg.report import write_report
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_json, write_run
 from hf_saereg.sweep import FreshHeadsArguments
@@ -59,12 +60,13 @@ def main() -> None:
     parsed = parse_options(
         SAERegArguments,
         HeadsArguments,
+        TermOptions,
         TwinArguments,
         CorpusArguments,
         CharacterModelArguments,
         FreshHeadsArguments,
     )
-    arguments, heads, twin, corpus, shape, fresh = parsed
+    arguments, heads, term, twin, corpus, shape, fresh = parsed
     options, output_dir, start = as_record(parsed), Path(arguments.output_dir), time.monotonic()
     with arguments.main_process_first():
         if arguments.should_save:
@@ -74,10 +76,10 @@ def main() -> None:
     config = shape.config(corpus.block_size, tokenizer)
     setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
     models, trained = {}, {}
-    for name, head_configs in (("plain", []), ("regularized", heads.head_configs(config))):
+    for name in ("plain", "regularized"):
         set_seed(arguments.seed)
         models[name] = SAERegGPT2LMHeadModel(config)
-        models[name].attach_heads(head_configs)
+    models["regularized"].attach_heads(heads.head_configs(config), term)
     write_run(output_dir, arguments, options)
     for name, model in models.items():
         own = copy.copy(arguments)

@@ -18,6 +18,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
 
 
+def load_parameters(head, parameters):
+    """Give a head all its parameters; what else it keeps stays as it is."""
+    assert parameters.keys() == dict(head.named_parameters()).keys()
+    head.load_state_dict(parameters, strict=False)
+
+
 @pytest.fixture(scope="session")
 def parity_folder():
     """Numbers of the published code, in float64."""

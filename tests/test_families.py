@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import load_parameters
 from safetensors.torch import load_file
 
 from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
@@ -45,7 +46,7 @@ def test_parity_with_the_published_code(parity_folder, architecture, options, to
     tensors = load_file(parity_folder / f"{architecture}.safetensors")
     head = make_head(SAEHeadConfig(architecture, SITE, 16, 48, **options)).double()
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("param.")}
-    head.load_state_dict({NAMES.get(name, name): w for name, w in weights.items()})
+    load_parameters(head, {NAMES.get(name, name): w for name, w in weights.items()})
     head.kernel = kernel
     x = tensors["x"].flatten(0, 1)
     parts, gradients = losses_and_gradients(head, x)
@@ -60,10 +61,22 @@ def test_parity_with_the_published_code(parity_folder, architecture, options, to
         torch.testing.assert_close(found, gradient.reshape(found.shape), **close)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"bandwidth": 0.5}], ids=["default", "wide window"])
+OPTIONS = [
+    *((architecture, {}) for architecture in FAMILIES),
+    *((architecture, {"normalization": "layer_norm"}) for architecture in FAMILIES),
+    *((architecture, {"normalization": "variance"}) for architecture in FAMILIES),
+    *((architecture, {"unit_decoder_norm": True}) for architecture in FAMILIES),
+    *((architecture, {"tied": True}) for architecture in ("standard", "gated")),
+    *((architecture, {"auxk": 5}) for architecture in ("topk", "batchtopk")),
+    ("jumprelu", {"bandwidth": 0.5}),
+    ("jumprelu", {"quadratic_penalty": True, "target_l0": 10}),
+]
+
+
+@pytest.mark.parametrize("architecture, options", OPTIONS, ids=str)
 def test_the_sparse_kernel_gives_the_dense_losses_and_gradients(architecture, options):
     head, x = trained_like(architecture, **options), torch.randn(100, 16, dtype=torch.float64)
+    head.tokens_since_fired[::3] = 10**9  # a third of the latents is dead
     results = []
     for head.kernel in ("dense", "sparse"):
         results.append(losses_and_gradients(head, x))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import load_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -43,7 +44,7 @@ def published(parity_folder):
     tensors = load_file(path)
     d_in, d_sae = tensors["param.W_enc"].shape
     head = make_head(SAEHeadConfig("standard", SITE, d_in, d_sae, coefficient)).double()
-    head.load_state_dict({name: tensors[f"param.{name}"] for name, _ in head.named_parameters()})
+    load_parameters(head, {n: tensors[f"param.{n}"] for n, _ in head.named_parameters()})
     return head, tensors
 
 
@@ -117,7 +118,7 @@ def test_topk_is_the_published_one_but_for_negative_features(parity_folder):
     d_in, d_sae = tensors["param.W_enc"].shape
     k = int((tensors["features"][0, 0] != 0).sum())
     head = make_head(SAEHeadConfig("topk", SITE, d_in, d_sae, k=k)).double()
-    head.load_state_dict({name: tensors[f"param.{name}"] for name, _ in head.named_parameters()})
+    load_parameters(head, {n: tensors[f"param.{n}"] for n, _ in head.named_parameters()})
     torch.testing.assert_close(head.encode(tensors["x"]), tensors["features"].relu(), **EXACT)
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import load_parameters
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -34,7 +35,7 @@ def published(parity_folder):
             reconstruction_weight=float(metadata["lambda"]),
         )
         head = make_head(config).double()
-        head.load_state_dict({n: tensors[f"param.{i}.{n}"] for n, _ in head.named_parameters()})
+        load_parameters(head, {n: tensors[f"param.{i}.{n}"] for n, _ in head.named_parameters()})
         heads.append(head)
     activations = {
         f"blocks.{i}.hook_resid_pre": tensors[f"x.{i}"].clone().requires_grad_()

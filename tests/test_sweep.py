@@ -17,7 +17,7 @@ TINY = {
     "fresh_warmup_steps": 5,
 }
 UNTRAINED = {"fresh_steps": 1, "fresh_learning_rate": 1e-30}
-CELLS = [Cell("topk", 3), Cell("topk", 6), Cell("standard", 0.2)]
+CELLS = [Cell("topk", 3, "k"), Cell("topk", 6, "k"), Cell("standard", 0.2, "sparsity_coefficient")]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def tensors(grid):
     return {
         f"{cell.name}/{name}": tensor
         for cell, bank in grid.items()
-        for name, tensor in bank.state_dict().items()
+        for name, tensor in bank.named_parameters()
     }
 
 

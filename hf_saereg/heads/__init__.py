@@ -3,11 +3,13 @@
 `make_head(config)` is the registry's only door: a new family is one new file and one line here.
 """
 
-from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig, SAELosses, SiteStatistics
+from hf_saereg.heads.base import SAEHead
 from hf_saereg.heads.batchtopk import BatchTopKSAE
+from hf_saereg.heads.config import NORMALIZATIONS, HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.gated import GatedSAE
 from hf_saereg.heads.jumprelu import JumpReLUSAE
 from hf_saereg.heads.standard import StandardSAE
+from hf_saereg.heads.statistics import SAELosses, SiteStatistics
 from hf_saereg.heads.topk import TopKSAE
 
 FAMILIES: dict[str, type[SAEHead]] = {
@@ -34,6 +36,7 @@ def make_head(config: SAEHeadConfig) -> SAEHead:
 
 __all__ = [
     "FAMILIES",
+    "NORMALIZATIONS",
     "BatchTopKSAE",
     "GatedSAE",
     "HeadConfigError",

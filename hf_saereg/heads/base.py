@@ -4,13 +4,15 @@ Notable:
 - a family declares three things: which latents it selects, their values, and what they cost
   (`selection`, `activate`, `sparsity`); the kernels do the rest
 - losses are means over the tokens given; padding is dropped before a head ever sees it
-- `SiteStatistics` are sums, so they add up over batches and processes without rounding tricks
+- the head reads raw activations and returns raw reconstructions; in between it may normalise them
+- what training leaves behind beside the weights (when a latent last fired, the steered coefficient)
+  are buffers: saved with a head, unknown to SAELens
 - names are the field's: `d_in`, `d_sae`, `W_enc`, `b_enc`, `W_dec`, `b_dec`, `hook_name`
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,125 +22,31 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hf_saereg import kernels
-from hf_saereg.errors import UserError
+from hf_saereg.heads.auxk import auxk_loss
+from hf_saereg.heads.config import HeadConfigError, SAEHeadConfig
+from hf_saereg.heads.controller import FIRST_COEFFICIENT, steer
+from hf_saereg.heads.statistics import Reconstruction, SAELosses, SiteStatistics
 from hf_saereg.kernels.chunks import chunk_size, in_chunks
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 
 # enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
 DENSITY_SAMPLE = 64
+LAYER_NORM_EPSILON = 1e-5  # SAELens's
+SCALE_MOMENTUM = 0.99
 
 
-class HeadConfigError(UserError):
-    """A head was described in a way that cannot work; the message says how to fix it."""
-
-
-@dataclass
-class SAEHeadConfig:
-    """One sparse autoencoder."""
-
-    architecture: str  # a name in the registry of hf_saereg.heads
-    hook_name: str  # where it sits, as TransformerLens names it, e.g. blocks.0.hook_resid_pre
-    d_in: int  # width of the residual stream
-    d_sae: int  # number of latents
-    sparsity_coefficient: float = 0.0  # c, weight of the sparsity loss (families with a penalty)
-    k: int | None = None  # latents kept per token (TopK)
-    rectified: bool = True  # ReLU on the selected values (TopK); without it SAELens has no form
-    bandwidth: float = 0.1  # ε, width of the straight-through window (JumpReLU)
-    reference_window: bool = False  # the published code's window instead of the paper's (JumpReLU)
-    reconstruction_weight: float = 1.0  # λ, weight of R + A in the regularization term
-
-    def __post_init__(self) -> None:
-        for name in ("d_in", "d_sae"):
-            size = getattr(self, name)
-            if size <= 0:
-                raise HeadConfigError(
-                    f"{name} at {self.hook_name} is {size}; it must be at least 1."
-                )
-        for name in ("sparsity_coefficient", "reconstruction_weight"):
-            weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise HeadConfigError(
-                    f"{name} at {self.hook_name} is {weight}; it must be a finite number ≥ 0."
-                )
-
-
-class SiteStatistics(NamedTuple):
-    """Sums over tokens, all detached, from which every logged figure of a site follows.
+class Normalised(NamedTuple):
+    """Activations as a head reads them; x = `x` · `scale` + `shift`.
 
     Attributes:
-        tokens: () number of tokens.
-        squared_error: () sum of ‖x − x̂‖².
-        x_sum: (d_in,) sum of x.
-        x_square: () sum of ‖x‖².
-        x_norm: () sum of ‖x‖.
-        fired: (d_sae,) number of tokens on which each latent was active.
+        x: (tokens, d_in).
+        scale: (), or (tokens, 1).
+        shift: likewise.
     """
 
-    tokens: Tensor
-    squared_error: Tensor
-    x_sum: Tensor
-    x_square: Tensor
-    x_norm: Tensor
-    fired: Tensor
-
-    def merged(self, other: Self) -> Self:
-        """Statistics of the tokens of both."""
-        return type(self)(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-    @property
-    def l0(self) -> float:
-        """Mean number of active latents a token."""
-        return (self.fired.sum() / self.tokens).item()
-
-    @property
-    def fvu(self) -> float:
-        """Fraction of variance unexplained; predicting the mean of x scores exactly 1."""
-        variance = self.x_square - self.x_sum.square().sum() / self.tokens
-        return (self.squared_error / variance).item()
-
-    @property
-    def dead_fraction(self) -> float:
-        """Fraction of latents that were active on none of the tokens."""
-        return (self.fired == 0).double().mean().item()
-
-    @property
-    def mean_norm(self) -> float:
-        """Mean over tokens of ‖x‖."""
-        return (self.x_norm / self.tokens).item()
-
-
-class Reconstruction(NamedTuple):
-    """One pass of a head over tokens, sums over them.
-
-    Attributes:
-        x_hat: (tokens, d_in).
-        squared_error: () sum of ‖x − x̂‖².
-        sparsity: () sum of the sparsity loss, with its coefficient.
-        auxiliary: () sum of the auxiliary loss.
-        statistics: detached sums.
-    """
-
-    x_hat: Tensor
-    squared_error: Tensor
-    sparsity: Tensor
-    auxiliary: Tensor
-    statistics: SiteStatistics
-
-
-class SAELosses(NamedTuple):
-    """Losses of one head, each () and a mean over tokens.
-
-    Attributes:
-        reconstruction: R, mean of ‖x − x̂‖².
-        sparsity: S, with its coefficient.
-        auxiliary: A.
-        statistics: sums of the same tokens.
-    """
-
-    reconstruction: Tensor
-    sparsity: Tensor
-    auxiliary: Tensor
-    statistics: SiteStatistics
+    x: Tensor
+    scale: Tensor | float = 1.0
+    shift: Tensor | float = 0.0
 
 
 class SAEHead(nn.Module, ABC):
@@ -156,6 +64,7 @@ class SAEHead(nn.Module, ABC):
 
     architecture: ClassVar[str]
     sparsity_option: ClassVar[str] = "sparsity_coefficient"  # what sets the sparsity; else `k`
+    own_options: ClassVar[tuple[str, ...]] = ()  # those of FAMILY_OPTIONS that the family has
 
     def __init__(self, config: SAEHeadConfig) -> None:
         k = config.k
@@ -164,16 +73,55 @@ class SAEHead(nn.Module, ABC):
                 f"k at {config.hook_name} is {k}; a {self.architecture} head needs 1 ≤ k ≤ d_sae "
                 f"({config.d_sae})."
             )
+        config.check_family(self.own_options)
         super().__init__()
         self.config = config
         self.kernel = "auto"  # how losses are computed: see hf_saereg.kernels.pick
         bound = math.sqrt(6 / config.d_in)
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in).uniform_(-bound, bound))
-        self.W_enc = nn.Parameter(
-            self.W_dec.detach().T.clone(memory_format=torch.contiguous_format)
-        )
+        if config.unit_decoder_norm:
+            self.constrain_decoder()
+        if not config.tied:
+            self.W_enc = nn.Parameter(
+                self.W_dec.detach().T.clone(memory_format=torch.contiguous_format)
+            )
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        for name, tensor in self.initial_training_state().items():
+            self.register_buffer(name, tensor)
+
+    def initial_training_state(self) -> dict[str, Tensor]:
+        """What training keeps beside the weights, as it is before the first step.
+
+        Of every head `tokens_since_fired`, (d_sae,); with a target `steered_coefficient` and
+        `smoothed_l0`, (); where activations are divided by their spread `scale`, ().
+        """
+        config = self.config
+        state = {"tokens_since_fired": torch.zeros(config.d_sae, dtype=torch.int64)}
+        if config.target_l0 is not None and not config.quadratic_penalty:
+            start = config.sparsity_coefficient or FIRST_COEFFICIENT
+            state |= {
+                "steered_coefficient": torch.tensor(start),
+                "smoothed_l0": torch.tensor(0.0),  # of no step yet
+            }
+        if config.normalization == "variance":
+            state["scale"] = torch.tensor(0.0)  # of no batch yet
+        return state
+
+    @property
+    def encoder_weight(self) -> Tensor:
+        """(d_in, d_sae) what the encoder multiplies by."""
+        return self.W_dec.T if self.config.tied else self.W_enc
+
+    @property
+    def coefficient(self) -> Tensor | float:
+        """c, weight of the sparsity loss: configured, or as the controller has steered it."""
+        return self._buffers.get("steered_coefficient", self.config.sparsity_coefficient)
+
+    @property
+    def dead(self) -> Tensor:
+        """(d_sae,) bool, latents that have not fired on `dead_after_tokens` tokens of training."""
+        return self.tokens_since_fired >= self.config.dead_after_tokens
 
     @property
     def encoder_bias(self) -> Tensor:
@@ -199,7 +147,11 @@ class SAEHead(nn.Module, ABC):
 
     @abstractmethod
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
-        """Sparsity loss with its coefficient, () and a **sum** over tokens."""
+        """Sparsity loss without its coefficient, () and a **sum** over tokens."""
+
+    def sparsity_loss(self, sparsity: Tensor) -> Tensor:
+        """S, with its coefficient, from the mean over tokens of `sparsity`, ()."""
+        return self.coefficient * sparsity
 
     def auxiliary(self, x: Tensor, codes: Codes, kernel: ModuleType) -> Tensor:
         """Auxiliary loss, () and a **sum** over tokens; none unless a family has one.
@@ -217,35 +169,98 @@ class SAEHead(nn.Module, ABC):
         Raises:
             HeadConfigError: if SAELens has no architecture that computes what this head does.
         """
-        return {}
+        normalised = self.config.normalization == "layer_norm"
+        return {"normalize_activations": "layer_norm" if normalised else "none"}
 
     def saelens_weights(self) -> dict[str, Tensor]:
-        """Weights by SAELens's names: all that inference needs."""
-        return self.state_dict()
+        """Weights by SAELens's names: all that inference on raw activations needs."""
+        return self.inference_weights()
+
+    def inference_weights(self) -> dict[str, Tensor]:
+        """Weights by our names, untied and with the scale of activations folded in."""
+        folded = self.config.tied or "scale" in self._buffers
+        head = self.folded(1.0) if folded else self
+        state = head.state_dict()
+        with torch.device("meta"):  # only the names matter
+            left_out = head.initial_training_state().keys()
+        return {name: state[name] for name in state if name not in left_out}
 
     def load_saelens_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take weights that `saelens_weights` returned, in their dtype.
+        """Take weights that `saelens_weights` returned, in their dtype, as before any training.
 
         Args:
             weights: of the right names and shapes.
         """
-        self.load_state_dict(weights, assign=True)
+        state = self.initial_training_state() | weights
+        if self.config.tied:
+            del state["W_enc"]
+        if "scale" in state:
+            state["scale"] = torch.ones(())  # it is folded into the weights
+        self.load_state_dict(state, assign=True)
+
+    def normalise(self, x: Tensor) -> Normalised:
+        """Activations as the encoder reads them, by `normalization`.
+
+        `layer_norm` as SAELens computes it; `variance` divides by the root mean square over tokens
+        and dimensions of x − mean(x), of the batch in training and a running mean in evaluation.
+
+        Args:
+            x: (tokens, d_in), raw.
+        """
+        if self.config.normalization == "layer_norm":
+            shift = x.mean(dim=-1, keepdim=True)
+            scale = x.std(dim=-1, keepdim=True)
+            return Normalised((x - shift) / (scale + LAYER_NORM_EPSILON), scale, shift)
+        if self.config.normalization == "variance":
+            scale = self._batch_scale(x) if self.training and len(x) > 1 else self.running_scale
+            return Normalised(x / scale, scale)
+        return Normalised(x)
+
+    def _batch_scale(self, x: Tensor) -> Tensor:
+        scale = (x - x.mean(dim=0)).square().mean().sqrt()
+        with torch.no_grad():
+            previous = self.scale.where(self.scale > 0, scale.to(self.scale))
+            self.scale.copy_(torch.lerp(scale.to(previous), previous, SCALE_MOMENTUM))
+        return scale
+
+    @property
+    def running_scale(self) -> Tensor | float:
+        """() what raw activations are divided by in evaluation; 1 unless a batch has told it."""
+        if "scale" not in self._buffers:
+            return 1.0
+        return self.scale.where(self.scale > 0, 1.0)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations, (..., d_sae), of activations x, (..., d_in)."""
         flat = x.reshape(-1, self.config.d_in)  # (tokens, d_in)
-        centred = flat - self.b_dec
+        centred = self.normalise(flat).x - self.b_dec
         selection = self.selection(centred)
-        codes = kernels.dense.encode(centred, self.W_enc, self.encoder_bias, selection)
+        codes = kernels.dense.encode(centred, self.encoder_weight, self.encoder_bias, selection)
         return self.activate(codes, selection).view(*x.shape[:-1], self.config.d_sae)
 
-    def decode(self, features: Tensor) -> Tensor:
-        """Reconstruction, (..., d_in), of feature activations (..., d_sae)."""
-        return features @ self.W_dec + self.b_dec
+    def decode(self, features: Tensor, like: Tensor | None = None) -> Tensor:
+        """Reconstruction, (..., d_in), of feature activations (..., d_sae).
+
+        Args:
+            features: what `encode` returned.
+            like: (..., d_in) what it was given; layer_norm takes each token's mean and scale of it.
+
+        Raises:
+            ValueError: if `like` is needed and missing.
+        """
+        x_hat = features @ self.W_dec + self.b_dec
+        if self.config.normalization == "layer_norm":
+            if like is None:
+                raise ValueError(
+                    "A head with layer_norm needs the activations too, for their mean and scale: "
+                    "decode(features, like=x), or call the head on x."
+                )
+            return x_hat * like.std(dim=-1, keepdim=True) + like.mean(dim=-1, keepdim=True)
+        return x_hat * self.running_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of x, (..., d_in)."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), like=x)
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
         """Reconstruction by the kernel that losses use, with what it cost.
@@ -253,28 +268,36 @@ class SAEHead(nn.Module, ABC):
         Args:
             x: (tokens, d_in), without padding; computed in the dtype of the parameters.
         """
-        x = x.to(self.W_enc.dtype)
-        centred = x - self.b_dec
+        x = x.to(self.W_dec.dtype)
+        read = self.normalise(x)
+        centred = read.x - self.b_dec
         selection = self.selection(centred)
         kernel = kernels.pick(self.kernel, self._density(centred, selection), x)
         one_pass = partial(self._pass, kernel, selection)
         if kernel is kernels.dense:
             one_pass = partial(in_chunks, one_pass, chunk_size(x, self.config.d_sae))
-        x_hat, sparsity, auxiliary, fired = one_pass(x, centred)
-        squared_error = mse_loss(x_hat, x, reduction="sum")
+        read_hat, sparsity, auxiliary, fired = one_pass(read.x, centred)
+        squared_error = mse_loss(read_hat, read.x, reduction="sum")
+        if self.config.auxk and self.training:
+            auxiliary = auxiliary + auxk_loss(self, centred, (read.x - read_hat).detach())
+        raw, x_hat, raw_error = read.x is x, read_hat, squared_error
+        if not raw:
+            x_hat = read_hat * read.scale + read.shift
+            raw_error = mse_loss(x_hat.detach(), x.detach(), reduction="sum")
         return Reconstruction(
             x_hat=x_hat,
             squared_error=squared_error,
             sparsity=sparsity,
             auxiliary=auxiliary,
-            statistics=_statistics(x.detach(), squared_error.detach(), fired),
+            norm=read.x.norm(dim=-1).sum(),
+            statistics=_statistics(x.detach(), raw_error.detach(), fired),
         )
 
     def _pass(
         self, kernel: ModuleType, selection: Selection, x: Tensor, centred: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x̂, the sums of sparsity and auxiliary loss, and how often each latent fired."""
-        codes = kernel.encode(centred, self.W_enc, self.encoder_bias, selection)
+        codes = kernel.encode(centred, self.encoder_weight, self.encoder_bias, selection)
         values = self.activate(codes, selection)
         sparsity = self.sparsity(codes, values)
         auxiliary = self.auxiliary(x, codes, kernel)
@@ -296,25 +319,59 @@ class SAEHead(nn.Module, ABC):
         tokens = max(len(x), 1)
         return SAELosses(
             reconstruction=reconstruction.squared_error / tokens,
-            sparsity=reconstruction.sparsity / tokens,
+            sparsity=self.sparsity_loss(reconstruction.sparsity / tokens),
             auxiliary=reconstruction.auxiliary / tokens,
+            norm=reconstruction.norm / tokens,
             statistics=reconstruction.statistics,
         )
 
     @torch.no_grad()
-    def folded(self, scale: float) -> Self:
-        """A copy that reads x as this head reads `scale · x`, with the same features.
+    def folded(self, scale: float | Tensor) -> Self:
+        """A copy that reads raw x as this head reads `scale · x`, with the same features.
+
+        Untied, because a scale enlarges one of the two weights and shrinks the other.
 
         Args:
             scale: what activations were multiplied by in training.
         """
-        copy = type(self)(self.config).to(self.W_enc)
-        copy.load_state_dict(self.state_dict())
+        normalization = self.config.normalization
+        if normalization == "layer_norm":
+            scale = 1.0  # it does not matter to it
+        if normalization == "variance":
+            scale, normalization = scale / self.running_scale, "published"
+        config = replace(self.config, tied=False, normalization=normalization)
+        with torch.device("meta"):  # draws no random numbers
+            copy = type(self)(config)
+        state = {**self.state_dict(), "W_enc": self.encoder_weight}
+        own = {name: state[name].detach().clone() for name in copy.state_dict()}
+        copy.load_state_dict(own, assign=True)
         copy.kernel = self.kernel
         copy.W_enc.mul_(scale)
         copy.W_dec.div_(scale)
         copy.b_dec.div_(scale)
         return copy.eval()
+
+    @torch.no_grad()
+    def observe(self, fired: Tensor, tokens: Tensor) -> None:
+        """What a training step leaves to do, after the optimizer's.
+
+        Counts tokens since latents fired, steers the coefficient, keeps the decoder's norms.
+
+        Args:
+            fired: (d_sae,) tokens of the step on which each latent fired, on all processes.
+            tokens: () of the step, on all processes.
+        """
+        self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
+        if "steered_coefficient" in self._buffers:
+            l0 = fired.sum() / tokens.clamp(min=1)
+            steer(self.steered_coefficient, self.smoothed_l0, l0, self.config.target_l0)
+        if self.config.unit_decoder_norm:
+            self.constrain_decoder()
+
+    @torch.no_grad()
+    def constrain_decoder(self) -> None:
+        """Give every row of `W_dec` norm 1."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     @torch.no_grad()
     def _density(self, centred: Tensor, selection: Selection) -> float:
@@ -327,7 +384,7 @@ class SAEHead(nn.Module, ABC):
         if self.kernel != "auto" or centred.device.type != "cpu" or len(centred) == 0:
             return 1.0
         sample = centred[:: max(1, len(centred) // DENSITY_SAMPLE)]
-        pre = kernels.dense.encode(sample, self.W_enc, self.encoder_bias, selection).pre
+        pre = kernels.dense.encode(sample, self.encoder_weight, self.encoder_bias, selection).pre
         return (pre > selection.threshold).double().mean().item()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_saereg import kernels
-from hf_saereg.heads.base import SAEHead, SAEHeadConfig
+from hf_saereg.heads.base import SAEHead
 from hf_saereg.kernels.codes import Above, Codes, Selection
 
 THRESHOLD_MOMENTUM = 0.99
@@ -24,21 +24,20 @@ class BatchTopKSAE(SAEHead):
 
     architecture = "batchtopk"
     sparsity_option = "k"
+    own_options = ("auxk",)
 
-    def __init__(self, config: SAEHeadConfig) -> None:
-        super().__init__(config)
-        # negative until the first batch has been seen
-        self.register_buffer("running_threshold", torch.tensor(-1.0))
+    def initial_training_state(self) -> dict[str, Tensor]:
+        """With `running_threshold`, (), negative until the first batch has been seen."""
+        return super().initial_training_state() | {"running_threshold": torch.tensor(-1.0)}
 
     def saelens_options(self) -> dict[str, Any]:
         """SAELens reads it as a JumpReLU."""
-        return {"architecture": "jumprelu"}
+        return super().saelens_options() | {"architecture": "jumprelu"}
 
     def saelens_weights(self) -> dict[str, Tensor]:
         """With the running threshold, the same for all latents, as `threshold`."""
-        weights = self.state_dict()
-        threshold = weights.pop("running_threshold").clamp(min=0)
-        return {**weights, "threshold": threshold.expand(self.config.d_sae)}
+        threshold = self.running_threshold.clamp(min=0)
+        return self.inference_weights() | {"threshold": threshold.expand(self.config.d_sae)}
 
     def load_saelens_weights(self, weights: dict[str, Tensor]) -> None:
         """Take weights with `threshold` in place of the running one."""
@@ -51,7 +50,7 @@ class BatchTopKSAE(SAEHead):
         if not self.training:
             return Above(self.running_threshold.clamp(min=0))
         threshold = kernels.batch_threshold(
-            x, self.W_enc, self.encoder_bias, self.config.k * len(x)
+            x, self.encoder_weight, self.encoder_bias, self.config.k * len(x)
         ).clamp(min=0)
         self._follow(threshold)
         return Above(threshold)

@@ -79,9 +79,17 @@ def save_heads(
         weights = head.saelens_weights()
         save_file(_on_cpu(weights), folder / WEIGHTS_FILE)
         (folder / TRAINING_FILE).unlink(missing_ok=True)  # of a head that was saved here before
-        if rest := {k: v for k, v in head.state_dict().items() if k not in weights}:
+        if rest := _not_held(head.state_dict(), weights):
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+
+def _not_held(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in weights or not torch.equal(tensor, weights[name])
+    }
 
 
 def saved_hook_names(checkpoint: Path) -> list[str]:
@@ -165,7 +173,6 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(head.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
         "reshape_activations": "none",
         **head.saelens_options(),
         "metadata": {

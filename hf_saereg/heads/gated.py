@@ -21,6 +21,7 @@ class GatedSAE(SAEHead):
     """
 
     architecture = "gated"
+    own_options = ("target_l0", "tied")
 
     def __init__(self, config: SAEHeadConfig) -> None:
         super().__init__(config)
@@ -48,7 +49,7 @@ class GatedSAE(SAEHead):
         """L1 of the gates, weighted by detached decoder norms, summed over tokens."""
         decoder_norms = self.W_dec.detach().norm(dim=1)  # (d_sae,)
         gates = torch.relu(codes.pre)
-        return self.config.sparsity_coefficient * (gates * codes.at(decoder_norms)).sum()
+        return (gates * codes.at(decoder_norms)).sum()
 
     def auxiliary(self, x: Tensor, codes: Codes, kernel: ModuleType) -> Tensor:
         """Squared error of the reconstruction from the gates alone, summed over tokens."""

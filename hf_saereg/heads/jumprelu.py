@@ -11,7 +11,8 @@ INITIAL_THRESHOLD = 0.1
 
 
 class JumpReLUSAE(SAEHead):
-    """f = z · 1[z > θ] with θ = exp(log_threshold), S = c · L0.
+    """f = z · 1[z > θ] with θ = exp(log_threshold), S = c · L0 or, with `quadratic_penalty`,
+    c (L0 / target_l0 − 1)² of the batch's mean L0, which does not add up over micro-batches.
 
     Neither step has a gradient with respect to θ; both take the rectangular window of width
     `bandwidth` around it: ∂f/∂θ = −θ/ε · 1[|z − θ| < ε/2] and ∂1[z > θ]/∂θ = −1/ε · 1[…].
@@ -24,15 +25,16 @@ class JumpReLUSAE(SAEHead):
     See: Rajamanoharan et al. 2024, "Jumping ahead" (arXiv 2407.14435), equations 11 and 12.
 
     Raises:
-        HeadConfigError: if `bandwidth` is not positive.
+        HeadConfigError: for `quadratic_penalty` without `target_l0`.
     """
 
     architecture = "jumprelu"
+    own_options = ("bandwidth", "reference_window", "quadratic_penalty", "target_l0")
 
     def __init__(self, config: SAEHeadConfig) -> None:
-        if not config.bandwidth > 0:
+        if config.quadratic_penalty and config.target_l0 is None:
             raise HeadConfigError(
-                f"bandwidth at {config.hook_name} is {config.bandwidth}; it must be above 0."
+                f"quadratic_penalty at {config.hook_name} needs target_l0, the L0 it pulls towards."
             )
         super().__init__(config)
         initial = torch.full((config.d_sae,), INITIAL_THRESHOLD)
@@ -40,7 +42,7 @@ class JumpReLUSAE(SAEHead):
 
     def saelens_weights(self) -> dict[str, Tensor]:
         """With `threshold` in place of its logarithm."""
-        weights = self.state_dict()
+        weights = self.inference_weights()
         weights["threshold"] = weights.pop("log_threshold").exp()
         return weights
 
@@ -71,7 +73,13 @@ class JumpReLUSAE(SAEHead):
         """L0 times its coefficient, summed over tokens."""
         z = values if self.config.reference_window else codes.pre
         active = _Step.apply(z, codes.at(self.threshold), self.config.bandwidth)
-        return self.config.sparsity_coefficient * active.sum()
+        return active.sum()
+
+    def sparsity_loss(self, sparsity: Tensor) -> Tensor:
+        """c · L0, or c (L0 / target − 1)², of the mean L0 of the batch."""
+        if self.config.quadratic_penalty:
+            return self.coefficient * (sparsity / self.config.target_l0 - 1).square()
+        return super().sparsity_loss(sparsity)
 
 
 class _Jump(torch.autograd.Function):

@@ -14,6 +14,7 @@ class StandardSAE(SAEHead):
     """
 
     architecture = "standard"
+    own_options = ("target_l0", "tied")
 
     def selection(self, x: Tensor) -> Selection:
         """Positive pre-activations."""
@@ -26,4 +27,4 @@ class StandardSAE(SAEHead):
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
         """L1 of the features, weighted by decoder norms, summed over tokens."""
         decoder_norms = self.W_dec.norm(dim=1)  # (d_sae,)
-        return self.config.sparsity_coefficient * (values * codes.at(decoder_norms)).sum()
+        return (values * codes.at(decoder_norms)).sum()

@@ -20,6 +20,7 @@ class TopKSAE(SAEHead):
 
     architecture = "topk"
     sparsity_option = "k"
+    own_options = ("rectified", "auxk")
 
     def saelens_options(self) -> dict[str, Any]:
         """`k`; features are selected by pre-activation alone.
@@ -32,7 +33,10 @@ class TopKSAE(SAEHead):
                 f"The topk head on {self.config.hook_name} keeps negative values (rectified is "
                 "off), which SAELens has no form for; only rectified heads can be saved."
             )
-        return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
+        return super().saelens_options() | {
+            "k": self.config.k,
+            "rescale_acts_by_decoder_norm": False,
+        }
 
     def selection(self, x: Tensor) -> Selection:
         """The k largest of each token."""

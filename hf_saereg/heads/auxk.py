@@ -1,0 +1,41 @@
+"""AuxK: dead latents are trained to reconstruct what the living ones leave over.
+
+See: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section 2.4.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_saereg import kernels
+from hf_saereg.kernels.codes import LargestK
+
+if TYPE_CHECKING:
+    from hf_saereg.heads.base import SAEHead
+
+
+def auxk_loss(head: "SAEHead", centred: Tensor, error: Tensor) -> Tensor:
+    """α ‖e − ê‖², ê from the `auxk` largest dead latents of each token, () and a sum over tokens.
+
+    Args:
+        head: with `auxk` above 0.
+        centred: (tokens, d_in) what its encoder reads, `b_dec` subtracted.
+        error: (tokens, d_in) e = x − x̂, detached.
+
+    Returns:
+        Zero while no latent is dead.
+    """
+    dead = head.dead.nonzero().squeeze(1)  # (dead,)
+    if len(dead) == 0:
+        return error.new_zeros(())
+    k = min(head.config.auxk, len(dead))
+    selection = LargestK(k)
+    kernel = kernels.pick(head.kernel, k / len(dead), centred)
+    weight, bias = head.encoder_weight.index_select(1, dead), head.encoder_bias[dead]
+    codes = kernel.encode(centred, weight, bias, selection)
+    origin = torch.zeros_like(head.b_dec)
+    error_hat = kernel.decode(
+        torch.relu(codes.pre), codes, head.W_dec.index_select(0, dead), origin
+    )  # (tokens, d_in)
+    return head.config.auxk_coefficient * (error - error_hat).square().sum()

@@ -1,0 +1,92 @@
+"""Before and between training steps: where `b_dec` starts, and a new life for dead latents.
+
+Notable:
+- both look at real activations, so a trainer calls them, not a head
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hf_saereg.heads.base import SAEHead
+
+CENTRES = ("zero", "mean", "geometric_median")
+WEISZFELD_STEPS = 100
+RESAMPLED_ENCODER_NORM = 0.2  # of the living latents' mean
+
+
+def centre(x: Tensor, how: str) -> Tensor:
+    """A point in the middle of activations, (d_in,), for `b_dec` to start from.
+
+    Args:
+        x: (tokens, d_in), as the head reads them.
+        how: one of `CENTRES`; the geometric median, the point with the smallest mean distance, by
+            Weiszfeld's iteration.
+    """
+    if how == "zero":
+        return torch.zeros_like(x[0])
+    point = x.mean(dim=0)
+    if how == "mean":
+        return point
+    for _ in range(WEISZFELD_STEPS):
+        weights = 1 / (x - point).norm(dim=1).clamp(min=1e-8)  # (tokens,)
+        previous, point = point, (weights[:, None] * x).sum(dim=0) / weights.sum()
+        if (point - previous).norm() <= 1e-6 * point.norm():
+            break
+    return point
+
+
+@torch.no_grad()
+def resample(
+    head: SAEHead, x: Tensor, generator: torch.Generator, optimizer: torch.optim.Optimizer
+) -> int:
+    """Point dead latents at tokens that the head reconstructs badly; forget their momentum.
+
+    A dead latent's decoder row becomes the direction of a token's error, drawn with probability
+    proportional to the squared error; its encoder points there too, with a fifth of the living
+    latents' mean norm; its other parameters start anew.
+
+    Args:
+        head: with parameters on the CPU or a GPU.
+        x: (tokens, d_in), raw.
+        generator: on the CPU; the same on every process gives the same latents.
+        optimizer: that trains the head.
+
+    Returns:
+        How many latents were dead.
+
+    See: "Towards Monosemanticity" (Anthropic, 2023), appendix on neuron resampling.
+    """
+    dead = head.dead.nonzero().squeeze(1)  # (dead,)
+    if len(dead) == 0 or len(x) == 0:
+        return 0
+    read = head.normalise(x.to(head.W_dec.dtype)).x
+    features = head.encode(x.to(head.W_dec.dtype))
+    errors = read - (features @ head.W_dec + head.b_dec)  # (tokens, d_in)
+    odds = errors.square().sum(dim=1).cpu().double()
+    drawn = torch.multinomial(odds, len(dead), replacement=True, generator=generator)
+    directions = errors[drawn.to(errors.device)]
+    directions /= directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    living_norm = head.encoder_weight[:, ~head.dead].norm(dim=0).mean()
+    fresh = type(head)(head.config).to(head.W_dec)
+    for name, parameter in head.named_parameters():
+        if name == "W_dec":
+            norm = 1.0 if not head.config.tied else RESAMPLED_ENCODER_NORM * living_norm
+            rows, values = (dead,), norm * directions
+        elif name == "W_enc":
+            rows = (slice(None), dead)
+            values = RESAMPLED_ENCODER_NORM * living_norm * directions.T
+        elif parameter.shape == (head.config.d_sae,):
+            rows, values = (dead,), fresh.get_parameter(name)[dead]
+        else:
+            continue
+        parameter[rows] = values.to(parameter.dtype)
+        _forget(optimizer, parameter, rows)
+    head.tokens_since_fired[dead] = 0
+    return len(dead)
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: tuple) -> None:
+    for moment in optimizer.state.get(parameter, {}).values():
+        if moment.shape == parameter.shape:
+            moment[rows] = 0

@@ -1,0 +1,40 @@
+"""A head in the place of its site: what the stream goes on with is the reconstruction.
+
+Notable:
+- padding is neither read nor replaced
+- gradients pass, through the reconstruction, to the head and to what came before it
+"""
+
+import torch
+from torch import Tensor
+
+from hf_saereg.heads.base import SAEHead
+from hf_saereg.heads.statistics import SiteStatistics
+
+
+class Splice:
+    """Replaces a site's activations by a head's reconstruction and keeps count.
+
+    Args:
+        head: of the site.
+        mask: (batch, sequence) of the next batch, 0 at padding; None when there is none. May be set
+            anew before each batch.
+    """
+
+    def __init__(self, head: SAEHead, mask: Tensor | None = None) -> None:
+        self.head = head
+        self.mask = mask
+        self.statistics: SiteStatistics | None = None  # of all batches so far
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Reconstruction of x, (batch, sequence, d_in), with padding as it was."""
+        if self.mask is None:
+            reconstruction = self.head.reconstruct(x.flatten(0, -2))
+            replaced = reconstruction.x_hat.to(x.dtype).view(x.shape)
+        else:
+            mask = self.mask.bool()
+            reconstruction = self.head.reconstruct(x[mask])
+            replaced = torch.index_put(x, (mask,), reconstruction.x_hat.to(x.dtype))
+        seen = reconstruction.statistics
+        self.statistics = seen if self.statistics is None else self.statistics.merged(seen)
+        return replaced
