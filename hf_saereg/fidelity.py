@@ -57,12 +57,15 @@ class Baselines(NamedTuple):
         mean_ablated_ce: one site replaced by its mean activation, by hook name.
         mean_ablated_ce_all: all sites replaced by their mean activations.
         residual_norm: mean over tokens of ‖x‖₂, by hook name.
+        spectrum: shares of the variance of x in its principal directions, largest first, by hook
+            name.
     """
 
     clean_ce: float
     mean_ablated_ce: dict[str, float]
     mean_ablated_ce_all: float
     residual_norm: dict[str, float]
+    spectrum: dict[str, list[float]]
 
 
 @torch.no_grad()
@@ -126,6 +129,7 @@ def baselines(model: SAERegGPT2LMHeadModel, batches: Sequence[Batch]) -> Baselin
     """
     sums = {hook_name: torch.zeros(()) for hook_name in model.hook_names}
     norms = dict.fromkeys(model.hook_names, 0.0)
+    products = dict.fromkeys(model.hook_names, 0.0)  # (d_in, d_in) once a batch has been seen
     tokens = 0
     for batch in batches:
         with model.reading(model.hook_names) as activations:
@@ -135,6 +139,7 @@ def baselines(model: SAERegGPT2LMHeadModel, batches: Sequence[Batch]) -> Baselin
         for hook_name, x in activations.items():
             sums[hook_name] = sums[hook_name].to(x.device) + x[mask].double().sum(dim=0)  # (d_in,)
             norms[hook_name] += x[mask].norm(dim=-1).sum().item()
+            products[hook_name] += (x[mask].T.double() @ x[mask].double()).cpu()
     # position and padding do not matter here: every position gets the same mean
     ablations = {
         hook_name: lambda x, mean=total / tokens: mean.to(x.dtype).expand_as(x)
@@ -148,4 +153,25 @@ def baselines(model: SAERegGPT2LMHeadModel, batches: Sequence[Batch]) -> Baselin
         },
         mean_ablated_ce_all=cross_entropy(model, batches, ablations),
         residual_norm={hook_name: norm / tokens for hook_name, norm in norms.items()},
+        spectrum={
+            hook_name: _spectrum(product / tokens, sums[hook_name].cpu() / tokens)
+            for hook_name, product in products.items()
+        },
     )
+
+
+def effective_rank(spectrum: Sequence[float]) -> float:
+    """Number of directions that as much variance, evenly spread, would fill: exp of the entropy.
+
+    Args:
+        spectrum: shares of the variance.
+
+    See: Roy & Vetterli 2007, "The effective rank".
+    """
+    shares = torch.tensor(spectrum, dtype=torch.float64)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def _spectrum(second_moment: Tensor, mean: Tensor) -> list[float]:
+    variances = torch.linalg.eigvalsh(second_moment - torch.outer(mean, mean)).clamp(min=0)
+    return (variances / variances.sum()).flip(0).tolist()

@@ -55,7 +55,7 @@ def parse_options(*classes: type, arguments: Sequence[str] | None = None) -> tup
     if found.config is not None:
         options = _read_yaml(found.config)
         _check_known(list(options), names, str(found.config))
-        arguments = [*_as_words(options), *arguments]
+        arguments = [*as_words(options), *arguments]
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -98,7 +98,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return options
 
 
-def _as_words(options: dict[str, Any]) -> list[str]:
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line; `None` leaves an option at its default."""
     words = []
     for name, value in options.items():
         if isinstance(value, list):

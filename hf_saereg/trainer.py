@@ -5,8 +5,8 @@ Notable:
   the tokens, as CE does: what is a mean over tokens matches one large batch exactly, and the ratio
   R / ‖X‖ of the published term is taken per micro-batch and process
 - the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it
-- after each optimizer step the heads see what all processes' tokens did: they count dead latents and
-  steer their coefficients alike everywhere
+- after each optimizer step the heads see what the tokens of all processes did: dead latents are
+  counted and coefficients steered alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
 - a checkpoint counts as complete once `trainer_state.json`, written last, is in it
 - no pickle is written beside the weights; optimizer and random state stay in `checkpoint-*`

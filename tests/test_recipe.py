@@ -17,6 +17,7 @@ import yaml
 from training_job import weights
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from hf_saereg import character
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -212,7 +213,7 @@ def test_twins_start_alike_and_read_the_same_blocks_in_the_same_order(
 ):
     seen = {}
 
-    class Watched(recipe.module.SAERegTrainer):
+    class Watched(character.SAERegTrainer):
         def train(self, *args, **kwargs):
             self.mine = seen[Path(self.args.output_dir).name] = {"batches": []}
             state = self.model.plain_view().state_dict()
@@ -223,7 +224,7 @@ def test_twins_start_alike_and_read_the_same_blocks_in_the_same_order(
             self.mine["batches"].append(inputs["input_ids"].clone())
             return super().training_step(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(recipe.module, "SAERegTrainer", Watched)
+    monkeypatch.setattr(character, "SAERegTrainer", Watched)
     recipe("--config", configuration(tmp_path, max_steps=8))
     plain, regularized = seen["plain"], seen["regularized"]
     assert_equal(plain["start"], regularized["start"])
@@ -247,9 +248,8 @@ def left(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         patch.setattr(sys, "argv", [str(RECIPE), "--config", str(configuration(folder))])
-        patch.setattr(
-            module, "train", lambda *args: sys.exit(0)
-        )  # as if killed before the first step
+        # as if killed before the first step
+        patch.setattr(character.CharacterJob, "train", lambda *args: sys.exit(0))
         with pytest.raises(SystemExit):
             module.main()
     return folder

@@ -89,7 +89,7 @@ def test_heads_read_raw_activations(train, activations):
 
 
 def test_trained_heads_explain_raw_activations_but_not_scaled_ones(train, activations):
-    for head in train()[Cell("topk", 6)]:
+    for head in train()[Cell("topk", 6, "k")]:
         x = activations[head.config.hook_name]
         scale = math.sqrt(16) / x.norm(dim=-1).mean().item()
         assert head.losses(x).statistics.fvu < 0.4
@@ -144,7 +144,10 @@ def test_watching_the_half_changes_nothing(train):
 
 @pytest.mark.parametrize(
     ("cell", "name"),
-    [(Cell("topk", 10), "topk_k10"), (Cell("standard", 0.5), "standard_c0.5")],
+    [
+        (Cell("topk", 10, "k"), "topk_k10"),
+        (Cell("standard", 0.5, "sparsity_coefficient"), "standard_c0.5"),
+    ],
 )
 def test_name_of_a_cell_says_what_it_is(cell, name):
     assert cell.name == name

@@ -1,0 +1,117 @@
+"""The job of a character model: its options together, its text, its trainings.
+
+Notable:
+- everything that can be wrong with the options is found when a job is made, before any training
+- a finished training is read from its folder, an interrupted one goes on from its last checkpoint
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from datasets import DatasetDict
+from transformers import GPT2Config, PreTrainedTokenizerBase, set_seed
+
+from hf_saereg.comparison import describe_setup
+from hf_saereg.configuration import CharacterModelArguments, HeadsArguments, TwinArguments
+from hf_saereg.corpora import CorpusArguments, character_tokenizer, collate_blocks, load_blocks
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.options import as_record, parse_options
+from hf_saereg.regularizer import TermOptions
+from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
+from hf_saereg.sweep import FreshHeadsArguments
+from hf_saereg.trainer import SAERegArguments, SAERegTrainer, last_complete_checkpoint
+
+
+@dataclass
+class CharacterJob:
+    """Options that belong together, and what follows from them before any training.
+
+    Attributes:
+        options: all of them, as `run.json` keeps them.
+        blocks: `train` and `validation`.
+        setup: what a page says of the run.
+    """
+
+    arguments: SAERegArguments
+    heads: HeadsArguments
+    term: TermOptions
+    twin: TwinArguments
+    corpus: CorpusArguments
+    shape: CharacterModelArguments
+    fresh: FreshHeadsArguments
+    options: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    blocks: DatasetDict
+    config: GPT2Config
+    setup: dict[str, Any]
+
+    @classmethod
+    def from_options(cls, words: Sequence[str] | None = None) -> Self:
+        """Read options, check them and the output folder, and load the text.
+
+        Args:
+            words: a command line; that of this program by default.
+
+        Raises:
+            UserError: if the options cannot be used, or the folder holds another run.
+        """
+        parsed = parse_options(
+            SAERegArguments,
+            HeadsArguments,
+            TermOptions,
+            TwinArguments,
+            CorpusArguments,
+            CharacterModelArguments,
+            FreshHeadsArguments,
+            arguments=words,
+        )
+        arguments, heads, term, _, corpus, shape, fresh = parsed
+        options = as_record(parsed)
+        with arguments.main_process_first():
+            if arguments.should_save:
+                folder = Path(arguments.output_dir)
+                check_run_folder(folder, options, resume=arguments.resumes)
+            tokenizer = character_tokenizer(corpus.block_size)
+            blocks = load_blocks(corpus, tokenizer)
+        config = shape.config(corpus.block_size, tokenizer)
+        term.check_sites(len(heads.head_configs(config)))
+        setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
+        job = cls(*parsed, options, tokenizer, blocks, config, setup)
+        write_run(Path(arguments.output_dir), arguments, options)
+        return job
+
+    def train(self, name: str) -> tuple[SAERegGPT2LMHeadModel, dict[str, float]]:
+        """The model `plain` or `regularized`, trained into a folder of its own below the job's.
+
+        Returns:
+            The model as it was saved, and the figures of its training.
+        """
+        arguments = copy.copy(self.arguments)
+        arguments.output_dir = str(Path(self.arguments.output_dir) / name)
+        arguments.warmup_steps = self.twin.warmup_steps_of(name, arguments.warmup_steps)
+        folder, start = Path(arguments.output_dir), time.monotonic()
+        figures = finished_figures(folder)
+        if not figures:
+            set_seed(arguments.seed)
+            model = SAERegGPT2LMHeadModel(self.config)
+            if name == "regularized":
+                model.attach_heads(self.heads.head_configs(self.config), self.term)
+            trainer = SAERegTrainer(
+                model,
+                arguments,
+                train_dataset=self.blocks["train"],
+                eval_dataset=self.blocks["validation"],
+                data_collator=collate_blocks,
+                processing_class=self.tokenizer,
+                head_metadata={"model_name": name, "dataset_path": self.corpus.dataset},
+            )
+            write_run(folder, arguments, self.options)
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+            trainer.save_model()
+            figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
+            write_run(folder, arguments, self.options, figures)
+        return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures
