@@ -70,7 +70,7 @@ def test_checkpoint_is_plain_gpt2_with_heads_in_folders_of_their_own(saved):
     heads = {
         f"saes/{hook_name}/{file}"
         for hook_name in (PRE_0, PRE_1, POST)
-        for file in ("cfg.json", "sae_weights.safetensors")
+        for file in ("cfg.json", "sae_weights.safetensors", "training_state.safetensors")
     }
     assert files == {"config.json", "generation_config.json", "model.safetensors"} | heads
     config = json.loads((saved / "config.json").read_text())

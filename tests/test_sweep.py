@@ -48,7 +48,7 @@ def tensors(grid):
     return {
         f"{cell.name}/{name}": tensor
         for cell, bank in grid.items()
-        for name, tensor in bank.state_dict().items()
+        for name, tensor in bank.named_parameters()
     }
 
 

@@ -8,6 +8,7 @@ Notable:
 - names are the field's: `d_in`, `d_sae`, `W_enc`, `b_enc`, `W_dec`, `b_dec`, `hook_name`
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hf_saereg import kernels
 from hf_saereg.errors import UserError
 from hf_saereg.kernels.chunks import chunk_size, in_chunks
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
+
+logger = logging.getLogger(__name__)
 
 # enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
 DENSITY_SAMPLE = 64
@@ -174,6 +177,8 @@ class SAEHead(nn.Module, ABC):
         )
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        # which kernel `auto` last picked in training: a resumed run must pick the same again
+        self.register_buffer("was_sparse", torch.tensor(0, dtype=torch.uint8))
 
     @property
     def encoder_bias(self) -> Tensor:
@@ -221,7 +226,9 @@ class SAEHead(nn.Module, ABC):
 
     def saelens_weights(self) -> dict[str, Tensor]:
         """Weights by SAELens's names: all that inference needs."""
-        return self.state_dict()
+        weights = self.state_dict()
+        del weights["was_sparse"]
+        return weights
 
     def load_saelens_weights(self, weights: dict[str, Tensor]) -> None:
         """Take weights that `saelens_weights` returned, in their dtype.
@@ -230,6 +237,11 @@ class SAEHead(nn.Module, ABC):
             weights: of the right names and shapes.
         """
         self.load_state_dict(weights, assign=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # weights that come without it, such as SAELens's, start as a fresh head does
+        state_dict.setdefault(f"{prefix}was_sparse", torch.tensor(0, dtype=torch.uint8))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations, (..., d_sae), of activations x, (..., d_in)."""
@@ -256,7 +268,7 @@ class SAEHead(nn.Module, ABC):
         x = x.to(self.W_enc.dtype)
         centred = x - self.b_dec
         selection = self.selection(centred)
-        kernel = kernels.pick(self.kernel, self._density(centred, selection), x)
+        kernel = self._pick(centred, selection)
         one_pass = partial(self._pass, kernel, selection)
         if kernel is kernels.dense:
             one_pass = partial(in_chunks, one_pass, chunk_size(x, self.config.d_sae))
@@ -317,14 +329,24 @@ class SAEHead(nn.Module, ABC):
         return copy.eval()
 
     @torch.no_grad()
-    def _density(self, centred: Tensor, selection: Selection) -> float:
-        """Fraction of latents selected, where the kernel is picked by it; from a few tokens.
+    def _pick(self, centred: Tensor, selection: Selection) -> ModuleType:
+        """The kernel for these tokens; a change of mind in training is logged and remembered."""
+        if self.kernel != "auto" or centred.device.type != "cpu":  # density does not matter
+            return kernels.pick(self.kernel, 1.0, self.W_enc)
+        density, was_sparse = self._density(centred, selection), bool(self.was_sparse)
+        kernel = kernels.pick(self.kernel, density, self.W_enc, was_sparse)
+        if self.training and was_sparse != (kernel is not kernels.dense):
+            self.was_sparse.fill_(not was_sparse)
+            site, names = self.config.hook_name, ("dense", "sparse")
+            old, new = names[was_sparse], names[not was_sparse]
+            logger.info("%s: density %.3f, kernel %s → %s", site, density, old, new)
+        return kernel
 
-        Measured anew on every batch, so that a resumed run picks what an uninterrupted one does.
-        """
+    def _density(self, centred: Tensor, selection: Selection) -> float:
+        """Fraction of latents selected, from a few tokens."""
         if isinstance(selection, LargestK):
             return selection.k / self.config.d_sae
-        if self.kernel != "auto" or centred.device.type != "cpu" or len(centred) == 0:
+        if len(centred) == 0:
             return 1.0
         sample = centred[:: max(1, len(centred) // DENSITY_SAMPLE)]
         pre = kernels.dense.encode(sample, self.W_enc, self.encoder_bias, selection).pre

@@ -36,7 +36,7 @@ class BatchTopKSAE(SAEHead):
 
     def saelens_weights(self) -> dict[str, Tensor]:
         """With the running threshold, the same for all latents, as `threshold`."""
-        weights = self.state_dict()
+        weights = super().saelens_weights()
         threshold = weights.pop("running_threshold").clamp(min=0)
         return {**weights, "threshold": threshold.expand(self.config.d_sae)}
 

@@ -40,7 +40,7 @@ class JumpReLUSAE(SAEHead):
 
     def saelens_weights(self) -> dict[str, Tensor]:
         """With `threshold` in place of its logarithm."""
-        weights = self.state_dict()
+        weights = super().saelens_weights()
         weights["threshold"] = weights.pop("log_threshold").exp()
         return weights
 
