@@ -1,5 +1,7 @@
 """Every kernel returns the dense definition's values and gradients."""
 
+import copy
+import logging
 import multiprocessing
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from torch.profiler import profile
 
 from hf_saereg import kernels
 from hf_saereg.heads import FAMILIES, SAEHead, SAEHeadConfig, make_head
+from hf_saereg.heads.folder import load_head, save_heads
 from hf_saereg.kernels import Above, LargestK, chunks, dense, sparse
 
 ARCHITECTURES = tuple(FAMILIES)
@@ -247,7 +250,69 @@ def test_importing_the_kernels_does_not_import_numba():
     ],
 )
 def test_pick(kernel, density, dtype, picked):
-    assert kernels.pick(kernel, density, torch.zeros(1, 1, dtype=dtype)) is picked
+    for was_sparse in (False, True):
+        assert kernels.pick(kernel, density, torch.zeros(1, 1, dtype=dtype), was_sparse) is picked
+
+
+@pytest.mark.parametrize(("d_in", "near"), [(64, 0.2), (768, 0.08)])
+def test_near_the_crossover_the_kernel_stays_what_it_was(d_in, near):
+    W_enc = torch.empty(d_in, 4096)
+    for density in (0.9 * near, near, 1.1 * near):
+        assert kernels.pick("auto", density, W_enc, was_sparse=False) is dense
+        assert kernels.pick("auto", density, W_enc, was_sparse=True) is sparse
+    for was_sparse in (False, True):
+        assert kernels.pick("auto", 0.7 * near, W_enc, was_sparse) is sparse
+        assert kernels.pick("auto", 1.4 * near, W_enc, was_sparse) is dense
+
+
+def at_density(density, tokens=2000):
+    """A standard head of 100 latents, of which so many are active on every token; and tokens."""
+    head, x = head_and_tokens("standard", tokens, 8, 100, dtype=torch.float32)
+    with torch.no_grad():
+        head.b_enc.copy_(torch.where(torch.arange(100) < 100 * density, 50.0, -50.0))
+    return head, x
+
+
+def test_a_change_of_kernel_is_logged_once_with_site_and_density(caplog):
+    caplog.set_level(logging.INFO, logger="hf_saereg")
+    head, x = at_density(0.05)
+    head.losses(x)
+    head.losses(x)
+    with torch.no_grad():
+        head.b_enc.fill_(50.0)
+    head.losses(x)
+    assert caplog.messages == [
+        "a site: density 0.050, kernel dense → sparse",
+        "a site: density 1.000, kernel sparse → dense",
+    ]
+
+
+def test_a_reloaded_head_goes_on_with_the_kernel_it_had(tmp_path):
+    (wide, x), (narrow, _), (between, _) = at_density(0.6), at_density(0.1), at_density(0.2)
+    bits = {}
+    for before, first in (("dense", wide), ("sparse", narrow)):
+        head = copy.deepcopy(first)
+        head.config.hook_name = "blocks.0.hook_resid_pre"
+        head.losses(x)  # settles on a kernel
+        with torch.no_grad():
+            head.b_enc.copy_(between.b_enc)  # and is trained to a density in between
+        save_heads([head], tmp_path)
+        reloaded = load_head(tmp_path, head.config.hook_name)
+        assert "was_sparse" not in head.saelens_weights()
+        uninterrupted, resumed = (losses_and_gradients(h, x, "auto") for h in (head, reloaded))
+        forced = losses_and_gradients(head, x, before)
+        assert all(map(torch.equal, uninterrupted, resumed))
+        assert all(map(torch.equal, uninterrupted, forced))
+        bits[before] = forced
+    assert not all(map(torch.equal, bits["dense"], bits["sparse"]))  # it does matter
+
+
+def test_evaluation_changes_no_mind():
+    head, x = at_density(0.05)
+    head.eval()
+    head.losses(x)
+    assert not head.was_sparse
+    assert kernels.pick("auto", 0.05, head.W_enc) is sparse
 
 
 def test_pick_is_dense_on_other_devices():

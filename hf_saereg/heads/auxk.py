@@ -31,8 +31,8 @@ def auxk_loss(head: "SAEHead", centred: Tensor, error: Tensor) -> Tensor:
         return error.new_zeros(())
     k = min(head.config.auxk, len(dead))
     selection = LargestK(k)
-    kernel = kernels.pick(head.kernel, k / len(dead), centred)
     weight, bias = head.encoder_weight.index_select(1, dead), head.encoder_bias[dead]
+    kernel = kernels.pick(head.kernel, k / len(dead), weight)
     codes = kernel.encode(centred, weight, bias, selection)
     origin = torch.zeros_like(head.b_dec)
     error_hat = kernel.decode(

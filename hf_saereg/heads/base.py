@@ -10,6 +10,7 @@ Notable:
 - names are the field's: `d_in`, `d_sae`, `W_enc`, `b_enc`, `W_dec`, `b_dec`, `hook_name`
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -28,6 +29,8 @@ from hf_saereg.heads.controller import FIRST_COEFFICIENT, steer
 from hf_saereg.heads.statistics import Reconstruction, SAELosses, SiteStatistics
 from hf_saereg.kernels.chunks import chunk_size, in_chunks
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
+
+logger = logging.getLogger(__name__)
 
 # enough tokens to tell dense from sparse, few enough to cost well under a percent of a step
 DENSITY_SAMPLE = 64
@@ -93,11 +96,15 @@ class SAEHead(nn.Module, ABC):
     def initial_training_state(self) -> dict[str, Tensor]:
         """What training keeps beside the weights, as it is before the first step.
 
-        Of every head `tokens_since_fired`, (d_sae,); with a target `steered_coefficient` and
+        Of every head `tokens_since_fired`, (d_sae,), and `was_sparse`, (), the kernel that `auto`
+        last picked: a resumed run must pick the same again. With a target `steered_coefficient` and
         `smoothed_l0`, (); where activations are divided by their spread `scale`, ().
         """
         config = self.config
-        state = {"tokens_since_fired": torch.zeros(config.d_sae, dtype=torch.int64)}
+        state = {
+            "tokens_since_fired": torch.zeros(config.d_sae, dtype=torch.int64),
+            "was_sparse": torch.tensor(0, dtype=torch.uint8),
+        }
         if config.target_l0 is not None and not config.quadratic_penalty:
             start = config.sparsity_coefficient or FIRST_COEFFICIENT
             state |= {
@@ -272,7 +279,7 @@ class SAEHead(nn.Module, ABC):
         read = self.normalise(x)
         centred = read.x - self.b_dec
         selection = self.selection(centred)
-        kernel = kernels.pick(self.kernel, self._density(centred, selection), x)
+        kernel = self._pick(centred, selection)
         one_pass = partial(self._pass, kernel, selection)
         if kernel is kernels.dense:
             one_pass = partial(in_chunks, one_pass, chunk_size(x, self.config.d_sae))
@@ -374,14 +381,24 @@ class SAEHead(nn.Module, ABC):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     @torch.no_grad()
-    def _density(self, centred: Tensor, selection: Selection) -> float:
-        """Fraction of latents selected, where the kernel is picked by it; from a few tokens.
+    def _pick(self, centred: Tensor, selection: Selection) -> ModuleType:
+        """The kernel for these tokens; a change of mind in training is logged and remembered."""
+        if self.kernel != "auto" or centred.device.type != "cpu":  # density does not matter
+            return kernels.pick(self.kernel, 1.0, self.encoder_weight)
+        density, was_sparse = self._density(centred, selection), bool(self.was_sparse)
+        kernel = kernels.pick(self.kernel, density, self.encoder_weight, was_sparse)
+        if self.training and was_sparse != (kernel is not kernels.dense):
+            self.was_sparse.fill_(not was_sparse)
+            site, names = self.config.hook_name, ("dense", "sparse")
+            old, new = names[was_sparse], names[not was_sparse]
+            logger.info("%s: density %.3f, kernel %s → %s", site, density, old, new)
+        return kernel
 
-        Measured anew on every batch, so that a resumed run picks what an uninterrupted one does.
-        """
+    def _density(self, centred: Tensor, selection: Selection) -> float:
+        """Fraction of latents selected, from a few tokens."""
         if isinstance(selection, LargestK):
             return selection.k / self.config.d_sae
-        if self.kernel != "auto" or centred.device.type != "cpu" or len(centred) == 0:
+        if len(centred) == 0:
             return 1.0
         sample = centred[:: max(1, len(centred) // DENSITY_SAMPLE)]
         pre = kernels.dense.encode(sample, self.encoder_weight, self.encoder_bias, selection).pre

@@ -18,10 +18,13 @@ from hf_saereg.kernels.codes import Above, Codes, LargestK, Selection
 
 KERNELS = ("auto", "dense", "sparse")
 
-# Density at which both take equally long, forward and backward, d_in 64, 16,384 tokens (8,192 for
-# d_sae 4,096), 2 cores: 0.3 in float32 and 0.2 in bfloat16 at d_sae 512; between 0.2
-# and 0.3 in both at 4,096.
+# Density at which both take equally long on a CPU, forward and backward, standard heads, float32
+# and bfloat16: 0.35 and 0.28 at d_in 64, d_sae 512; 0.28 and 0.25 at 64 and 4,096; 0.32 and 0.19 at
+# 256 and 2,048; 0.12 and 0.06 at 768 and 6,144, where the decoder's rows no longer fit the cache.
+_CACHED_WEIGHTS = 2**21
 _CROSSOVER = 0.2
+_CROSSOVER_UNCACHED = 0.08
+_HYSTERESIS = 1.25  # how far beyond the crossover a change of mind begins
 
 
 def check_name(kernel: str) -> None:
@@ -37,24 +40,26 @@ def check_name(kernel: str) -> None:
         raise UserError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
 
 
-def pick(kernel: str, density: float, x: Tensor) -> ModuleType:
+def pick(kernel: str, density: float, W_enc: Tensor, was_sparse: bool = False) -> ModuleType:
     """The module whose `encode` and `decode` to use.
 
-    Stateless: near the crossover both kernels cost the same and return the same, so that changing
-    one's mind from step to step is harmless.
+    Near the crossover it stays with what it was, so that noise of the density changes nothing.
 
     Args:
         kernel: one of `KERNELS`.
         density: fraction of the latents that the head selects.
-        x: the activations to encode.
+        W_enc: (d_in, d_sae), of the dtype and on the device that are computed in.
+        was_sparse: what was picked for the batch before.
 
     Raises:
         UserError: if there is no such kernel.
     """
     check_name(kernel)
     if kernel == "auto":
-        fits = x.device.type == "cpu" and x.dtype in (float32, float64)
-        kernel = "sparse" if fits and density < _CROSSOVER else "dense"
+        fits = W_enc.device.type == "cpu" and W_enc.dtype in (float32, float64)
+        crossover = _CROSSOVER if W_enc.numel() <= _CACHED_WEIGHTS else _CROSSOVER_UNCACHED
+        limit = crossover * _HYSTERESIS if was_sparse else crossover / _HYSTERESIS
+        kernel = "sparse" if fits and density < limit else "dense"
     return import_module(f"hf_saereg.kernels.{kernel}")
 
 

@@ -1,0 +1,52 @@
+"""The term written the naive way: whole (tokens, d_sae) arrays, differentiated by autograd."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch import Tensor
+
+from hf_saereg.heads import SAEHead, SAELosses, SiteStatistics
+from hf_saereg.heads.bank import HeadBank
+from hf_saereg.kernels import Codes
+
+
+def naive_losses(head: SAEHead, x: Tensor) -> SAELosses:
+    """What `SAEHead.losses` returns; of the statistics only what says how sparse the features are.
+
+    Args:
+        head: of any family that selects by a threshold.
+        x: (tokens, d_in).
+    """
+    centred = x - head.b_dec
+    codes = Codes(centred @ head.W_enc + head.encoder_bias)  # (tokens, d_sae)
+    features = head.activate(codes, head.selection(centred))
+    x_hat = features @ head.W_dec + head.b_dec
+    nothing = torch.zeros(())
+    statistics = SiteStatistics(
+        tokens=torch.tensor(len(x)),
+        squared_error=nothing,
+        x_sum=nothing,
+        x_square=nothing,
+        x_norm=nothing,
+        fired=(features > 0).sum(dim=0),
+    )
+    return SAELosses(
+        reconstruction=(x - x_hat).square().sum(dim=-1).mean(),
+        sparsity=head.sparsity(codes, features) / len(x),
+        auxiliary=x.new_zeros(()),
+        statistics=statistics,
+    )
+
+
+@contextmanager
+def naive(heads: HeadBank) -> Iterator[None]:
+    """Within it these heads compute their losses the naive way."""
+    for head in heads:
+        head.losses = MethodType(naive_losses, head)
+    try:
+        yield
+    finally:
+        for head in heads:
+            del head.losses

@@ -1,0 +1,107 @@
+"""The paths that a training step can take, from zeroed gradients to the optimizer's step.
+
+Notable:
+- the learning rate is 0: every repeat finds the weights, and so the sparsity, of the checkpoint
+- all paths share one model, so that they can take turns
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from benchmarks.naive import naive
+from hf_saereg import kernels
+from hf_saereg.kernels.chunks import chunk_size
+from hf_saereg.modeling import SAERegGPT2LMHeadModel, SAERegOutput
+
+
+def path_names(device: torch.device) -> list[str]:
+    """All paths on a device: the plain step, the floor, the naive way, and every kernel of ours."""
+    absent = {"triton"} if device.type == "cpu" else {"sparse"}
+    return ["plain", "floor", "naive", *(name for name in kernels.KERNELS if name not in absent)]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to `bfloat16`, or none for `float32`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def adamw(parameters: object, learning_rate: float = 0.0) -> torch.optim.AdamW:
+    """The published optimizer, without weight decay."""
+    return torch.optim.AdamW(parameters, learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def run_path(
+    name: str,
+    model: SAERegGPT2LMHeadModel,
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    precision: str,
+) -> SAERegOutput:
+    """One training step.
+
+    Args:
+        name: one of `path_names`.
+        model: with heads.
+        optimizer: of the language model alone for `plain` and `floor`, of everything otherwise.
+        input_ids: (sequences, sequence).
+        precision: `float32` or `bfloat16`.
+    """
+    with_term = name not in ("plain", "floor")
+    if name in kernels.KERNELS:
+        for head in model.heads:
+            head.kernel = name
+    optimizer.zero_grad()
+    with naive(model.heads) if name == "naive" else nullcontext():  # noqa: SIM117
+        with autocast(model.device, precision):
+            output = model(input_ids=input_ids, labels=input_ids, compute_term=with_term)
+    loss = output.loss + output.term if with_term else output.loss
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return output
+
+
+@torch.no_grad()
+def product(x: Tensor, W_enc: Tensor, precision: str) -> None:
+    """One encoder's forward product, in chunks that fit the cache.
+
+    Args:
+        x: (tokens, d_in).
+        W_enc: (d_in, d_sae).
+        precision: `float32` or `bfloat16`.
+    """
+    dtype = getattr(torch, precision)
+    W = W_enc.to(dtype)
+    for rows in x.to(dtype).split(chunk_size(x, W.shape[1])):
+        torch.mm(rows, W)
+
+
+def steps_by_path(
+    model: SAERegGPT2LMHeadModel, input_ids: Tensor, precision: str
+) -> dict[str, Callable[[], None]]:
+    """A function a path that takes one step.
+
+    Args:
+        model: with heads.
+        input_ids: (sequences, sequence).
+        precision: `float32` or `bfloat16`.
+    """
+    everything = adamw(model.parameters())
+    language_model = adamw(model.plain_view().parameters())
+    with torch.no_grad(), model.reading(model.heads.hook_names) as activations:
+        model(input_ids=input_ids)
+
+    def step(name: str) -> None:
+        optimizer = language_model if name in ("plain", "floor") else everything
+        run_path(name, model, optimizer, input_ids, precision)
+        if name == "floor":
+            for head in model.heads:
+                product(activations[head.config.hook_name].flatten(0, 1), head.W_enc, precision)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return {name: lambda name=name: step(name) for name in path_names(model.device)}
