@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from datasets import DatasetDict
 from transformers import GPT2Config, PreTrainedTokenizerBase, set_seed
 
@@ -69,7 +70,7 @@ class CharacterJob:
             FreshHeadsArguments,
             arguments=words,
         )
-        arguments, heads, term, _, corpus, shape, fresh = parsed
+        arguments, heads, _term, _twin, corpus, shape, fresh = parsed
         options = as_record(parsed)
         with arguments.main_process_first():
             if arguments.should_save:
@@ -78,11 +79,19 @@ class CharacterJob:
             tokenizer = character_tokenizer(corpus.block_size)
             blocks = load_blocks(corpus, tokenizer)
         config = shape.config(corpus.block_size, tokenizer)
-        term.check_sites(len(heads.head_configs(config)))
         setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
         job = cls(*parsed, options, tokenizer, blocks, config, setup)
+        with torch.device("meta"):  # whatever cannot be built fails here, and costs no memory
+            job.new_model("regularized")
         write_run(Path(arguments.output_dir), arguments, options)
         return job
+
+    def new_model(self, name: str) -> SAERegGPT2LMHeadModel:
+        """The model `plain` or `regularized` before training; only the latter has heads."""
+        model = SAERegGPT2LMHeadModel(self.config)
+        if name == "regularized":
+            model.attach_heads(self.heads.head_configs(self.config), self.term)
+        return model
 
     def train(self, name: str) -> tuple[SAERegGPT2LMHeadModel, dict[str, float]]:
         """The model `plain` or `regularized`, trained into a folder of its own below the job's.
@@ -97,11 +106,8 @@ class CharacterJob:
         figures = finished_figures(folder)
         if not figures:
             set_seed(arguments.seed)
-            model = SAERegGPT2LMHeadModel(self.config)
-            if name == "regularized":
-                model.attach_heads(self.heads.head_configs(self.config), self.term)
             trainer = SAERegTrainer(
-                model,
+                self.new_model(name),
                 arguments,
                 train_dataset=self.blocks["train"],
                 eval_dataset=self.blocks["validation"],

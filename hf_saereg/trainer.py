@@ -135,6 +135,9 @@ class SAERegTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.ddp_find_unused_parameters is None:
+            # heads that a step leaves out get no gradient; otherwise every parameter does
+            self.args.ddp_find_unused_parameters = self.model.term.sites_per_step is not None
         self.head_metadata = head_metadata
         self.train_seconds = 0.0  # of training steps alone, over all sessions of a resumed run
         self._clock_started: float | None = None

@@ -27,7 +27,9 @@ from training_job import (
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_saereg.errors import UserError
-from hf_saereg.heads.folder import HeadFolderError
+from hf_saereg.heads import SAEHeadConfig
+from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
+from hf_saereg.regularizer import TermOptions
 from hf_saereg.trainer import (
     SESSION_FILE,
     STATE_FILE,
@@ -112,16 +114,17 @@ def test_the_terms_weight_does_not_depend_on_the_number_of_micro_batches(tmp_pat
     assert_same(gradients(tmp_path, tiny_model(configs), repeated, micro_batches), once)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+@pytest.fixture(scope="module", params=["published", "upkept"])
+def two_processes(tmp_path_factory, request):
     """Folder of a run on two processes, and of the same on one."""
     folder, options = tmp_path_factory.mktemp("two"), {"max_steps": 4, "logging_steps": 2}
+    options["kind"] = request.param
     options |= {"train_sampling_strategy": "random", "eval_strategy": "steps", "eval_steps": 4}
     options |= {"save_strategy": "steps", "save_steps": 4}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
     job = [*launch, REPOSITORY / "tests" / "training_job.py", folder]
     done = subprocess.run(
-        [*map(str, job), json.dumps(options | {"reconstruction_weight": 0.0})],
+        [*map(str, job), json.dumps(options)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -129,7 +132,7 @@ def two_processes(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     (folder / "one").mkdir()
-    run(folder / "one", 0, 0.0, options | {"gradient_accumulation_steps": 2})
+    run(folder / "one", 0, options | {"gradient_accumulation_steps": 2})
     return folder
 
 
@@ -146,6 +149,21 @@ def test_two_processes_train_the_weights_of_one_that_accumulates(two_processes):
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, **EXACT, msg=name)
     assert not torch.equal(one["transformer.wte.weight"], initial["transformer.wte.weight"])
+
+
+@pytest.mark.slow
+def test_counters_and_coefficients_are_the_same_on_every_process(two_processes):
+    first, second, one = (
+        figures(folder, rank)["state"]
+        for folder, rank in ((two_processes, 0), (two_processes, 1), (two_processes / "one", 0))
+    )
+    assert first == second
+    assert first.keys() == one.keys()
+    for name, value in one.items():
+        assert first[name] == pytest.approx(value, rel=1e-6), name
+    if "blocks_0_hook_resid_pre.steered_coefficient" in one:  # the heads that keep most
+        since_fired = one["blocks_1_hook_resid_post.tokens_since_fired"]
+        assert any(since_fired) and not all(since_fired)  # some fired lately, some did not
 
 
 @pytest.mark.slow
@@ -339,6 +357,7 @@ RESUMABLE = {
     "save_strategy": "steps",
     "save_steps": 4,
     "gradient_accumulation_steps": 2,
+    "resample_every": 3,
     "optim": "adamw_torch",
     "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -360,9 +379,23 @@ class StopAt(TrainerCallback):
             raise KilledError
 
 
+STATEFUL = TermOptions(token_fraction=0.5, sites_per_step=2, splice_weight=0.3, splice_sites=2)
+
+
+def stateful_heads():
+    """Every kind of state that a head keeps beside its weights."""
+    shared = {"d_in": 8, "d_sae": 24, "dead_after_tokens": 60, "reconstruction_weight": 3.0}
+    spread = {"normalization": "variance", "unit_decoder_norm": True}
+    return [
+        SAEHeadConfig("standard", SITES[0], target_l0=4, tied=True, **shared | spread),
+        SAEHeadConfig("batchtopk", SITES[1], k=3, auxk=5, **shared),
+        SAEHeadConfig("jumprelu", SITES[2], target_l0=4, **shared),
+    ]
+
+
 def resumable(folder, seed=0, **changes):
     callbacks = changes.pop("callbacks", [])
-    model = tiny_model(heads(3.0), dropout=0.1, seed=seed, dtype=torch.float32)
+    model = tiny_model(stateful_heads(), dropout=0.1, seed=seed, dtype=torch.float32, term=STATEFUL)
     return trainer(model, arguments(folder, **(RESUMABLE | changes)), callbacks=callbacks)
 
 
@@ -417,6 +450,12 @@ def test_every_saved_state_is_needed_to_resume(interrupted, uninterrupted, state
     except (OSError, HeadFolderError):
         return
     assert not same_weights(ours, uninterrupted)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_what_heads_keep_beside_their_weights_is_needed_to_resume(interrupted, uninterrupted, site):
+    (interrupted / "checkpoint-4" / "saes" / site / TRAINING_FILE).unlink()
+    assert not same_weights(resumed(interrupted), uninterrupted)
 
 
 @pytest.mark.parametrize("state", ["model.safetensors", "saes", "optimizer.pt", "scheduler.pt"])

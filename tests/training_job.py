@@ -17,6 +17,7 @@ from transformers import GPT2Config, TrainerCallback, set_seed
 
 from hf_saereg.heads import SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.regularizer import TermOptions
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
 VOCABULARY, CONTEXT, WIDTH, N_LAYER, D_SAE = 32, 12, 8, 2, 24
@@ -34,6 +35,20 @@ def heads(reconstruction_weight=1.0, family="standard"):
     ]
 
 
+def upkept_heads(**options):
+    """Heads with something to count, to steer and to keep, whose losses are means over tokens."""
+    own = [
+        {"architecture": "standard", "target_l0": 5, "unit_decoder_norm": True},
+        {"architecture": "gated", "tied": True, "target_l0": 3},
+        {"architecture": "topk", "k": 2, "auxk": 6},
+    ]
+    shared = {"normalization": "layer_norm", "dead_after_tokens": 60, "reconstruction_weight": 0.5}
+    return [
+        SAEHeadConfig(hook_name=site, d_in=WIDTH, d_sae=D_SAE, **shared | options | option)
+        for site, option in zip(SITES, own, strict=True)
+    ]
+
+
 def weights(folder):
     """Every tensor of a checkpoint, those of heads below their hook name."""
     found = load_file(folder / "model.safetensors")
@@ -42,7 +57,7 @@ def weights(folder):
     return found
 
 
-def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64):
+def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64, term=None):
     set_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -54,7 +69,7 @@ def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64):
         **dict.fromkeys(("bos_token_id", "eos_token_id")),
     )
     model = SAERegGPT2LMHeadModel(config)
-    model.attach_heads(head_configs)
+    model.attach_heads(head_configs, term)
     if dtype == torch.float64:
         model.loss_function = exact_ce
     return model.to(dtype)
@@ -124,17 +139,21 @@ class Gradients(TrainerCallback):
         self.by_name = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def run(folder, rank, reconstruction_weight, options):
-    model = tiny_model(heads(reconstruction_weight))
+def run(folder, rank, options):
+    kind = options.pop("kind")
+    if kind == "published":  # without the ratio, which is per process
+        model = tiny_model(heads(reconstruction_weight=0.0))
+    else:
+        model = tiny_model(upkept_heads(), term=TermOptions(sites_per_step=2, splice_weight=0.3))
     args = arguments(folder / f"rank_{rank}", **options)
     ours = trainer(model, args, eval_dataset=rows([CONTEXT] * 8, seed=2))
     ours.train()
     ours.save_model()
     figures = {"world_size": args.world_size, "log": ours.state.log_history}
+    figures["state"] = {name: buffer.tolist() for name, buffer in model.heads.named_buffers()}
     (folder / f"figures_{rank}.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
-    weight = options.pop("reconstruction_weight")
-    run(Path(sys.argv[1]), int(os.environ["RANK"]), weight, options)
+    run(Path(sys.argv[1]), int(os.environ["RANK"]), options)

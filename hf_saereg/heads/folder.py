@@ -170,7 +170,7 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
         "architecture": config.architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
-        "dtype": str(head.W_enc.dtype).removeprefix("torch."),
+        "dtype": str(head.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "reshape_activations": "none",
