@@ -22,6 +22,7 @@ from training_job import (
     summed_ce,
     tiny_model,
     trainer,
+    upkept_heads,
     weights,
 )
 from transformers import GPT2LMHeadModel, TrainerCallback
@@ -86,6 +87,33 @@ def test_accumulated_means_over_tokens_match_one_large_batch(tmp_path, micro_bat
     whole = gradients(tmp_path, tiny_model(without_ratio), rows(), micro_batches=1)
     assert_same(whole, gradients_by_hand(tiny_model(without_ratio), rows(), 1))
     assert_same(gradients(tmp_path, tiny_model(without_ratio), rows(), micro_batches), whole)
+
+
+@pytest.mark.parametrize("splice_loss", ["ce", "kl"])
+@pytest.mark.parametrize("micro_batches", [2, 6])
+def test_the_spliced_loss_and_the_layer_norm_term_match_one_large_batch(
+    tmp_path, micro_batches, splice_loss
+):
+    def job():
+        return tiny_model(
+            upkept_heads(), term=TermOptions(splice_weight=2, splice_loss=splice_loss)
+        )
+
+    whole = gradients(tmp_path, job(), rows(), micro_batches=1)
+    assert_same(gradients(tmp_path, job(), rows(), micro_batches), whole)
+    model = job()
+    output = model(**collate(rows()))
+    (output.loss + output.term + 2 * output.spliced_loss).backward()
+    assert_same(whole, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_the_terms_warm_up_weighs_term_and_spliced_loss(tmp_path):
+    term = TermOptions(splice_weight=2, term_warmup=[0, 3])
+    found = gradients(tmp_path, tiny_model(upkept_heads(), term=term), rows(), micro_batches=1)
+    model = tiny_model(upkept_heads(), term=term)
+    output = model(**collate(rows()))
+    (output.loss + (output.term + 2 * output.spliced_loss) / 4).backward()
+    assert_same(found, {name: p.grad for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("family", ["standard", "topk"])
