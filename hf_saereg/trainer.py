@@ -144,6 +144,8 @@ class SAERegTrainer(Trainer):
         self._tokens_in_batch: Tensor | None = None
         self._train_meter, self._eval_meter = TermMeter(), TermMeter()
         self._ce_sum, self._steps = torch.zeros((), device=self.args.device), 0
+        # summed over predicted tokens, and their number
+        self._eval_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for head in self.model.heads:
             head.kernel = self.args.kernel
         # per site, of the micro-batches since the last optimizer step: fired, tokens
@@ -192,6 +194,9 @@ class SAERegTrainer(Trainer):
         loss = ce
         if model.training:
             self._ce_sum += ce.detach()
+        else:
+            predicted = (inputs["labels"][:, 1:] != -100).sum()
+            self._eval_ce += torch.stack([ce.detach() * predicted, predicted])
         if output.term is not None:
             meter = self._train_meter if model.training else self._eval_meter
             meter.update(output.sites)
@@ -306,11 +311,16 @@ class SAERegTrainer(Trainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Add the term's figures, and CE + term as `objective`, to the metrics."""
+        """Add the term's figures, and CE + term as `objective`, to the metrics.
+
+        `loss` becomes the mean over predicted tokens, whatever the lengths of rows and batches.
+        """
+        self._eval_ce.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._eval_meter.read(self.accelerator)
-        ce = output.metrics[f"{metric_key_prefix}_loss"]
-        figures["objective"] = ce + figures.get("term", 0.0)
+        ce_sum, predicted = self.accelerator.reduce(self._eval_ce).tolist()
+        figures["loss"] = ce_sum / predicted
+        figures["objective"] = figures["loss"] + figures.get("term", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
         return output
 

@@ -217,7 +217,7 @@ def test_only_the_main_process_writes(two_processes):
 
 def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
     model = tiny_model(heads(3.0), dtype=torch.float32)
-    lengths = [12, 12, 12, 12]  # equal, because `Trainer` averages over batches
+    lengths = [12, 3, 7, 12, 5]  # a batch of one row is the last
     ours = trainer(model, arguments(tmp_path), eval_dataset=rows(lengths))
     found = ours.evaluate()
     ours.save_model()
@@ -225,8 +225,10 @@ def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
     stock = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert found["eval_loss"] == pytest.approx(stock(**batch).loss.item(), rel=1e-6)
-        halves = [model(**collate(rows(lengths)[i : i + 2])).term.item() for i in (0, 2)]
-    assert found["eval_term"] == pytest.approx(sum(halves) / 2, rel=1e-6)
+        parts = [rows(lengths)[i : i + 2] for i in (0, 2, 4)]
+        terms = [model(**collate(part)).term.item() for part in parts]
+    expected = sum(t * n for t, n in zip(terms, (15, 19, 5), strict=True)) / 39  # by tokens
+    assert found["eval_term"] == pytest.approx(expected, rel=1e-6)
     assert found["eval_objective"] == pytest.approx(found["eval_loss"] + found["eval_term"])
     assert found["eval_term"] > 0.01
     for site in SITES:
