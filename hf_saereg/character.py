@@ -118,6 +118,7 @@ class CharacterJob:
             write_run(folder, arguments, self.options)
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
             trainer.save_model()
+            trainer.save_state()  # with all that was logged
             figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
             write_run(folder, arguments, self.options, figures)
         return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures

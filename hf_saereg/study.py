@@ -22,8 +22,10 @@ from hf_saereg.errors import UserError
 from hf_saereg.fidelity import effective_rank
 from hf_saereg.options import as_words
 from hf_saereg.run_folder import write_json
+from hf_saereg.trainer import STATE_FILE
 
 CELL_FILE = "cell.json"
+REGULARIZED = "regularized"
 
 
 class StudyError(UserError):
@@ -59,35 +61,70 @@ class Study:
             raise StudyError(f"{path} must have the keys base, seeds and variants, and no others.")
         if not content["variants"] or not content["seeds"]:
             raise StudyError(f"{path} has no variants or no seeds; there is nothing to run.")
-        variants = {name: options or {} for name, options in content["variants"].items()}
+        variants = {str(name): options or {} for name, options in content["variants"].items()}
+        if wrong := [name for name in variants if "/" in name or name in (".", "..")]:
+            raise StudyError(
+                f"A variant in {path} is called {wrong[0]!r}, but its name is to be a folder's; "
+                "leave out the slash."
+            )
         return cls(path.parent / content["base"], content["seeds"], variants)
+
+    @property
+    def baseline(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.variants))
 
     def cells(self) -> list[tuple[str, int]]:
         """Variant and seed of every cell, one seed after the other."""
         return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
 
-def run_cell(study: Study, variant: str, seed: int, folder: Path) -> None:
-    """Train and score one variant at one seed, unless that was done before.
+@dataclass(frozen=True)
+class StudyCell:
+    """One variant at one seed, whose options were found usable.
 
-    Args:
-        study: what it is a cell of.
+    Attributes:
         variant: its name.
         seed: of model, text order and fresh heads.
-        folder: of the study.
+        folder: its own.
+        model: `plain` or `regularized`.
+        job: its trainings.
     """
-    own = cell_folder(folder, variant, seed)
-    if (own / CELL_FILE).is_file():
-        return
-    options = dict(study.variants[variant])
-    name = options.pop("model", "regularized")
-    words = ["--config", str(study.base), *as_words(options)]
-    words += ["--seed", str(seed), "--output_dir", str(own), "--resume_from_checkpoint", "true"]
-    job = CharacterJob.from_options(words)
-    model, figures = job.train(name)
-    scores = score_model(variant, model, job.blocks, job.fresh, seed, own / "fresh")
-    labels = {"variant": variant, "seed": seed}
-    write_json(own / CELL_FILE, labels | {"figures": figures, "scores": scores})
+
+    variant: str
+    seed: int
+    folder: Path
+    model: str
+    job: CharacterJob
+
+    @classmethod
+    def prepare(cls, study: Study, variant: str, seed: int, folder: Path) -> Self:
+        """Check the options of a cell, and begin its folder.
+
+        Args:
+            study: what it is a cell of.
+            variant: its name.
+            seed: of everything in it.
+            folder: of the study.
+
+        Raises:
+            UserError: if the options cannot be used, or the folder holds another run.
+        """
+        own, options = cell_folder(folder, variant, seed), dict(study.variants[variant])
+        model = options.pop("model", REGULARIZED)
+        words = ["--config", str(study.base), *as_words(options)]
+        words += ["--seed", str(seed), "--output_dir", str(own), "--resume_from_checkpoint", "true"]
+        return cls(variant, seed, own, model, CharacterJob.from_options(words))
+
+    def run(self) -> None:
+        """Train and score; leaves `cell.json`."""
+        job = self.job
+        model, figures = job.train(self.model)
+        scores = score_model(
+            self.variant, model, job.blocks, job.fresh, self.seed, self.folder / "fresh"
+        )
+        labels = {"variant": self.variant, "seed": self.seed}
+        write_json(self.folder / CELL_FILE, labels | {"figures": figures, "scores": scores})
 
 
 def cell_folder(folder: Path, variant: str, seed: int) -> Path:
@@ -95,23 +132,43 @@ def cell_folder(folder: Path, variant: str, seed: int) -> Path:
     return folder / variant / f"seed_{seed}"
 
 
-def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a variant: means over seeds, and mean differences from the first variant.
+def is_finished(folder: Path, variant: str, seed: int) -> bool:
+    """Whether a cell was run to its end."""
+    return (cell_folder(folder, variant, seed) / CELL_FILE).is_file()
+
+
+def steered_trainings(
+    study: Study, folder: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """Log and target of every finished variant that has a target, at the first seed."""
+    logs, targets = {}, {}
+    for variant, options in study.variants.items():
+        seed = study.seeds[0]
+        if options.get("target_l0") and is_finished(folder, variant, seed):
+            own = cell_folder(folder, variant, seed)
+            state = json.loads((own / REGULARIZED / STATE_FILE).read_text())
+            logs[variant], targets[variant] = state["log_history"], options["target_l0"][0]
+    return logs, targets
+
+
+def table(cells: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """One row a variant: means over seeds, and mean differences from the baseline.
 
     Args:
-        cells: contents of finished cells, those of the first variant first.
+        cells: contents of finished cells; those of seeds that the baseline lacks are left out.
+        baseline: the variant that the others are compared with.
 
     Returns:
-        Rows with `variant`, `seeds`, `eval_ce`, `relative_time` (of training, against the first
-        variant), `norms` and `effective_ranks` a site, and per fresh grid point `NAME`: its
+        Rows with `variant`, `seeds`, `eval_ce`, `relative_time` (of training, against the
+        baseline), `norms` and `effective_ranks` a site, and per fresh grid point `NAME`: its
         compound CE increase, Σ L0 and CE increase a site.
     """
-    names = list(dict.fromkeys(cell["variant"] for cell in cells))
-    first = {cell["seed"]: cell for cell in cells if cell["variant"] == names[0]}
-    return [
-        _row([cell for cell in cells if cell["variant"] == name and cell["seed"] in first], first)
-        for name in names
-    ]
+    first = {cell["seed"]: cell for cell in cells if cell["variant"] == baseline}
+    paired: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["seed"] in first:
+            paired.setdefault(cell["variant"], []).append(cell)
+    return [_row(own, first) for own in paired.values()]
 
 
 def _row(cells: list[dict[str, Any]], first: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -178,12 +235,12 @@ def shard_of(cells: list[tuple[str, int]], shard: list[int]) -> list[tuple[str, 
 
 def finished_cells(study: Study, folder: Path) -> list[dict[str, Any]]:
     """Contents of the cells that are finished, variant by variant."""
-    paths = [
-        cell_folder(folder, variant, seed) / CELL_FILE
+    return [
+        json.loads((cell_folder(folder, variant, seed) / CELL_FILE).read_text())
         for variant in study.variants
         for seed in study.seeds
+        if is_finished(folder, variant, seed)
     ]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -203,12 +260,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{row['relative_time']:.2f}",
                 ", ".join(f"{norm:.2g}" for norm in row["norms"]),
                 ", ".join(f"{rank:.0f}" for rank in row["effective_ranks"]),
-                *(
-                    "–"
-                    if found is None
-                    else f"{statistics.mean(c['ce_increase'] for c in found):.3f}"
-                    for found in measured
-                ),
+                *map(_mean_increase, measured),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

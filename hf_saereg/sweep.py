@@ -29,7 +29,6 @@ from hf_saereg.heads.bank import HeadBank
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 SCALING_BATCHES = 8
-COOLDOWN = 0.2  # share of the steps in which the learning rate falls to 0
 
 
 @dataclass
@@ -55,10 +54,13 @@ class FreshHeadsArguments:
         default_factory=lambda: [512],
         metadata={"help": "Latents a fresh head: one value for all sites or one a site."},
     )
-    fresh_steps: int = field(default=1200, metadata={"help": "Training steps of the fresh heads."})
-    fresh_batch_size: int = field(default=32, metadata={"help": "Blocks a step."})
+    fresh_steps: int = field(default=2000, metadata={"help": "Training steps of the fresh heads."})
+    fresh_batch_size: int = field(default=4, metadata={"help": "Blocks a step."})
     fresh_learning_rate: float = field(
-        default=4e-3, metadata={"help": "Learning rate of Adam; falls to 0 in the last fifth."}
+        default=1e-2, metadata={"help": "Learning rate of Adam before its cooldown."}
+    )
+    fresh_cooldown: float = field(
+        default=0.5, metadata={"help": "Share of the steps in which the rate falls to 0."}
     )
     fresh_warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
     fidelity_blocks: int = field(
@@ -72,6 +74,10 @@ class FreshHeadsArguments:
         if self.fresh_warmup_steps < 0:
             raise HeadConfigError(
                 f"fresh_warmup_steps is {self.fresh_warmup_steps}; it must be at least 0."
+            )
+        if not 0 < self.fresh_cooldown <= 1:
+            raise HeadConfigError(
+                f"fresh_cooldown is {self.fresh_cooldown}; it must be above 0 and at most 1."
             )
         if not 0 < self.fresh_learning_rate < math.inf:
             raise HeadConfigError(
@@ -92,6 +98,22 @@ class FreshHeadsArguments:
         """
         sizes = one_a_site("fresh_d_sae", self.fresh_d_sae, len(hook_names))
         return dict(zip(hook_names, sizes, strict=True))
+
+    def cooldown_start(self, length: int) -> int:
+        """First step of the cooldown of a training of `length` steps."""
+        return length - math.ceil(self.fresh_cooldown * length)
+
+    def learning_rate_factor(self, step: int, length: int) -> float:
+        """Share of the peak learning rate: linear warm-up, constant, linear cooldown to 0.
+
+        Args:
+            step: from 0.
+            length: steps in all.
+        """
+        start, warmup_steps = self.cooldown_start(length), self.fresh_warmup_steps
+        warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+        cooldown = (length - step) / (length - start + 1) if step >= start else 1.0
+        return min(warmup, cooldown)
 
     def cells(self) -> list["Cell"]:
         """The grid, in a fixed order.
@@ -192,14 +214,14 @@ def train_fresh_heads(
         fused=True,
     )
     steps, half = arguments.fresh_steps, arguments.fresh_steps // 2
-    fork = cooldown_start(half)
+    fork = arguments.cooldown_start(half)
     progress = tqdm(total=steps + half - fork, desc=description, dynamic_ncols=True)
 
     def train(
         grid: Grid, optimizer: torch.optim.Adam, batches: Iterator[Tensor], span: range, length: int
     ) -> None:
         for step, batch in zip(span, batches, strict=False):
-            factor = learning_rate_factor(step, length, arguments.fresh_warmup_steps)
+            factor = arguments.learning_rate_factor(step, length)
             for group in optimizer.param_groups:
                 group["lr"] = arguments.fresh_learning_rate * factor
             activations = {
@@ -219,25 +241,6 @@ def train_fresh_heads(
             on_half(_folded(shorter, scales))
         train(grid, optimizer, batches, range(fork, steps), steps)
     return _folded(grid, scales)
-
-
-def cooldown_start(length: int) -> int:
-    """First step of the cooldown of a training of `length` steps."""
-    return length - math.ceil(COOLDOWN * length)
-
-
-def learning_rate_factor(step: int, length: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, constant, linear cooldown to 0.
-
-    Args:
-        step: from 0.
-        length: steps in all.
-        warmup_steps: of the warm-up.
-    """
-    start = cooldown_start(length)
-    warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-    cooldown = (length - step) / (length - start + 1) if step >= start else 1.0
-    return min(warmup, cooldown)
 
 
 def _step(grid: Grid, optimizer: torch.optim.Adam, activations: dict[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
     accelerate launch recipes/study_character.py --study recipes/study_normalization.yaml
 
-Writes to `output_dir`: a folder a variant and seed, `study.json`, `table.md`, `trade_off.png`.
+Writes to `output_dir`: a folder a variant and seed, `study.json`, `table.md`, `trade_off.png`
+and, where heads have a target, `l0.png`.
 Finished cells are not run again. Two terminals share the work with `--shard 0 2` and `--shard 1 2`;
 each writes the tables of what is finished by then.
 """
@@ -12,9 +13,19 @@ from pathlib import Path
 
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.options import parse_options
+from hf_saereg.report.l0_curves import draw_l0_curves
 from hf_saereg.report.trade_off import draw_trade_off
 from hf_saereg.run_folder import write_json
-from hf_saereg.study import Study, finished_cells, markdown, run_cell, shard_of, table
+from hf_saereg.study import (
+    Study,
+    StudyCell,
+    finished_cells,
+    is_finished,
+    markdown,
+    shard_of,
+    steered_trainings,
+    table,
+)
 
 
 @dataclass
@@ -33,12 +44,23 @@ def main() -> None:
     """Run the cells of this shard; compare all that are finished."""
     (arguments,) = parse_options(StudyArguments)
     study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
-    for variant, seed in shard_of(study.cells(), arguments.shard):
-        run_cell(study, variant, seed, folder)
-    rows = table(finished_cells(study, folder))
+    open_cells = [
+        StudyCell.prepare(study, variant, seed, folder)
+        for variant, seed in shard_of(study.cells(), arguments.shard)
+        if not is_finished(folder, variant, seed)
+    ]  # all of them, so that a mistake in the last variant shows before the first is trained
+    for cell in open_cells:
+        cell.run()
+    rows = table(finished_cells(study, folder), study.baseline)
+    if not rows:
+        print(f"No seed of {study.baseline!r} is finished yet: nothing to compare with.")
+        return
     write_json(folder / "study.json", rows)
     (folder / "table.md").write_text(markdown(rows))
     draw_trade_off(rows, folder / "trade_off.png")
+    logs, targets = steered_trainings(study, folder)
+    if logs:
+        draw_l0_curves(logs, targets, folder / "l0.png")
     print(markdown(rows))
 
 

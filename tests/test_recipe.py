@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-import yaml
+from tiny_recipe import configuration
 from training_job import weights
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -23,28 +22,8 @@ from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
-WORDS = ["the", "king", "shall", "speak", "to", "all", "his", "men", "and", "queens", "hear", "it"]
 NAMES = ("plain", "regularized")
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
-TINY = {
-    **{"block_size": 32, "split_multiple": 32},
-    **{"n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1},
-    **{"architecture": "standard", "d_sae": [48], "sparsity_coefficient": [0.01]},
-    **{"max_steps": 30, "save_steps": 5, "save_total_limit": 2, "logging_steps": 5},
-    **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "seed": 3},
-    **{"learning_rate": 1e-2, "use_cpu": True, "dataloader_drop_last": True},
-    **{"fresh_architectures": ["topk", "standard"], "fresh_k": [2, 4], "fresh_coefficient": [1.0]},
-    **{"fresh_d_sae": 32, "fresh_steps": 4, "fresh_batch_size": 4, "fidelity_blocks": 8},
-}
-
-
-def configuration(folder, **changes):
-    """A tiny run's configuration in `folder`, with its text; returns the file's path."""
-    choose = random.Random(0).choice
-    (folder / "text.txt").write_text(" ".join(choose(WORDS) for _ in range(1200)))
-    options = TINY | {"output_dir": str(folder / "run"), "dataset": str(folder / "text.txt")}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(options | changes))
-    return folder / "tiny.yaml"
 
 
 def start(config, *words, processes="single"):

@@ -1,0 +1,158 @@
+"""Studies: several variants of a tiny job, in two shards, their table and figures."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_recipe import configuration
+
+from hf_saereg.errors import UserError
+from hf_saereg.report.l0_curves import L0Curve, l0_curves
+from hf_saereg.study import Study, StudyError, markdown, shard_of, table
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "study_character.py"
+VARIANTS = {
+    "plain": {"model": "plain"},
+    "steered": {"architecture": "standard", "target_l0": [6.0]},
+    "sparser": {"architecture": "topk", "k": [2]},
+}
+
+
+def main(*words):
+    """The recipe, in this process."""
+    spec = importlib.util.spec_from_file_location("study_character", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["study_character.py", *map(str, words)])
+        recipe.main()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of three variants at two seeds, its second shard run, then the first."""
+    folder = tmp_path_factory.mktemp("study")
+    base = configuration(folder, max_steps=6, fresh_steps=4, fresh_architectures=["topk"])
+    content = {"base": base.name, "seeds": [0, 1], "variants": VARIANTS}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ["--study", folder / "study.yaml", "--output_dir", folder / "out"]
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    main(*words, "--shard", "1", "2")
+    halfway = (folder / "out" / "table.md").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/*/cell.json")}
+    main(*words)
+    return folder, halfway, stamps
+
+
+def cell(variant, seed, eval_ce, seconds, increase):
+    spectrum = {"a": [0.5, 0.5], "b": [1.0, 0.0]}
+    point = {"source": "fresh", "family": "topk", "sparsity": 5}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "figures": {"eval_ce": eval_ce, "train_seconds": seconds},
+        "scores": {
+            "baselines": {"residual_norm": {"a": 2.0, "b": 3.0}, "spectrum": spectrum},
+            "compound": [point | {"ce_increase": increase, "sum_l0": 10.0}],
+            "rows": [point | {"ce_increase": increase / n} for n in (2, 4)],
+        },
+    }
+
+
+def test_every_cell_is_trained_scored_and_kept(study):
+    folder, _, _ = study
+    for variant in VARIANTS:
+        for seed in (0, 1):
+            found = json.loads(
+                (folder / "out" / variant / f"seed_{seed}" / "cell.json").read_text()
+            )
+            assert (found["variant"], found["seed"]) == (variant, seed)
+            assert found["figures"]["eval_ce"] > 0 and found["scores"]["compound"]
+    for name in ("trade_off.png", "l0.png", "study.json"):
+        assert (folder / "out" / name).stat().st_size > 0
+
+
+def test_shards_together_are_the_whole_and_nothing_runs_twice(study):
+    _, halfway, stamps = study
+    assert len(stamps) == 3
+    assert "| steered | 1 |" not in halfway  # its pair at the same seed was still missing
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def test_the_table_has_a_line_a_variant(study):
+    lines = (study[0] / "out" / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(VARIANTS)
+    assert all(line.split("|")[2].strip() == "2" for line in lines[2:])
+
+
+def test_variants_are_compared_with_the_first_at_the_same_seed():
+    cells = [
+        *(cell("plain", seed, 2.0 + seed, 10.0 * (1 + seed), 0.4) for seed in (0, 1)),
+        *(cell("other", seed, 2.25 + seed, 30.0 * (1 + seed), 0.1 * seed) for seed in (0, 1)),
+    ]
+    plain, other = table(cells, "plain")
+    assert other["ce_cost"] == [0.25, 0.25] and plain["ce_cost"] == [0, 0]
+    assert other["relative_time"] == 3.0
+    assert other["norms"] == [2.0, 3.0]
+    assert other["effective_ranks"] == pytest.approx([2.0, 1.0])
+    assert [c["ce_increase"] for c in other["compound"]["fresh topk 5"]] == [0.0, 0.1]
+    assert other["sites"]["fresh topk 5"] == pytest.approx([0.025, 0.0125])
+    assert "| other | 2 | 2.750 | +0.250 | 3.00 |" in markdown([plain, other])
+
+
+def test_a_seed_without_its_first_variant_is_left_out():
+    cells = [cell("plain", 0, 2.0, 10.0, 0.4), cell("other", 1, 2.0, 10.0, 0.4)]
+    assert [row["variant"] for row in table(cells, "plain")] == ["plain"]
+    assert table(cells, "absent") == []
+
+
+def test_a_curve_has_settled_once_it_never_leaves_the_band_again():
+    log = [
+        {"step": step, "loss": 1.0, "l0/blocks.0.hook_resid_pre": l0}
+        for step, l0 in [(10, 200.0), (20, 10.5), (30, 12.0), (40, 10.9), (50, 9.1)]
+    ]
+    curve = l0_curves(log)["blocks.0.hook_resid_pre"]
+    assert curve == L0Curve([10, 20, 30, 40, 50], [200.0, 10.5, 12.0, 10.9, 9.1])
+    assert curve.settled_at(10) == 40
+    assert curve.settled_at(30) is None
+
+
+@pytest.mark.parametrize(
+    "content, culprit",
+    [
+        ({"base": "b.yaml", "seeds": [0]}, "variants"),
+        ({"base": "b.yaml", "seeds": [], "variants": {"a": {}}}, "nothing to run"),
+        ({"base": "b.yaml", "seeds": [0], "variants": {"../a": {}}}, "'../a'"),
+        (["base"], "keys"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused_in_one_sentence(tmp_path, content, culprit):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(StudyError, match=culprit) as caught:
+        Study.read(tmp_path / "study.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_study_is_named(tmp_path):
+    with pytest.raises(StudyError, match=r"absent\.yaml"):
+        Study.read(tmp_path / "absent.yaml")
+
+
+def test_a_mistake_in_the_last_variant_shows_before_the_first_is_trained(tmp_path):
+    base = configuration(tmp_path, max_steps=6)
+    variants = {"plain": {"model": "plain"}, "wrong": {"architecture": "topk", "k": [49]}}
+    content = {"base": base.name, "seeds": [0], "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="k at"):
+        main("--study", tmp_path / "study.yaml", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "plain" / "seed_0" / "plain").exists()
+
+
+@pytest.mark.parametrize("shard", [[2, 2], [-1, 2], [0], [0, 0]])
+def test_a_shard_that_is_none_is_refused(shard):
+    with pytest.raises(StudyError, match="shard"):
+        shard_of([("a", 0)], shard)
