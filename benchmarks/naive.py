@@ -13,7 +13,7 @@ from hf_saereg.kernels import Codes
 
 
 def naive_losses(head: SAEHead, x: Tensor) -> SAELosses:
-    """What `SAEHead.losses` returns; of the statistics only what says how sparse the features are.
+    """What `SAEHead.losses` returns of raw activations; statistics only say how sparse they are.
 
     Args:
         head: of any family that selects by a threshold.
@@ -34,8 +34,9 @@ def naive_losses(head: SAEHead, x: Tensor) -> SAELosses:
     )
     return SAELosses(
         reconstruction=(x - x_hat).square().sum(dim=-1).mean(),
-        sparsity=head.sparsity(codes, features) / len(x),
+        sparsity=head.sparsity_loss(head.sparsity(codes, features) / len(x)),
         auxiliary=x.new_zeros(()),
+        norm=x.norm(dim=-1).mean(),
         statistics=statistics,
     )
 

