@@ -160,6 +160,7 @@ class CharacterModelArguments:
         return GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=context,
+            activation_function="gelu_pytorch_tanh",  # gelu_new is the same in eight operations
             **{name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")},
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout),
             **dict.fromkeys(("bos_token_id", "eos_token_id")),
