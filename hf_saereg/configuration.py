@@ -71,9 +71,6 @@ class HeadsArguments:
     quadratic_penalty: bool = field(
         default=False, metadata={"help": "c (L0 / target_l0 - 1)² instead of c L0 (jumprelu)."}
     )
-    rectified: bool = field(
-        default=True, metadata={"help": "ReLU on the selected values (topk heads)."}
-    )
     tied: bool = field(
         default=False, metadata={"help": "W_enc is the transpose of W_dec (standard, gated)."}
     )

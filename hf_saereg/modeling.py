@@ -31,6 +31,7 @@ from hf_saereg.heads.folder import (
     HEADS_FOLDER,
     HeadFolderError,
     check_matches,
+    check_savable,
     load_head,
     save_heads,
     saved_hook_names,
@@ -249,6 +250,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             **kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
+            HeadConfigError: if a head has no form on disk.
             NotImplementedError: for `push_to_hub`, which would upload the language model alone.
         """
         if push_to_hub:
@@ -256,6 +258,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
                 "Save to a folder first, then upload it with huggingface_hub's upload_folder: "
                 "push_to_hub=True would leave the heads behind."
             )
+        check_savable(self.heads)  # or the language model would be written and its heads lost
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("heads.")}
         self.plain_view().save_pretrained(

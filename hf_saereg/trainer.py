@@ -36,7 +36,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_saereg import kernels
 from hf_saereg.errors import UserError
-from hf_saereg.heads.folder import check_matches
+from hf_saereg.heads.folder import check_matches, check_savable
 from hf_saereg.heads.health import CENTRES, centre, resample
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
@@ -123,6 +123,9 @@ class SAERegTrainer(Trainer):
         *args: as `Trainer` takes them.
         head_metadata: written into every saved head: `dataset_path`, `model_name`, …
         **kwargs: as `Trainer` takes them.
+
+    Raises:
+        HeadConfigError: if a head could not be saved.
     """
 
     # compute_loss divides by the whole accumulated batch itself
@@ -146,6 +149,7 @@ class SAERegTrainer(Trainer):
         self._ce_sum, self._steps = torch.zeros((), device=self.args.device), 0
         # summed over predicted tokens, and their number
         self._eval_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        check_savable(self.model.heads)
         for head in self.model.heads:
             head.kernel = self.args.kernel
         # per site, of the micro-batches since the last optimizer step: fired, tokens

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_job import (
     LENGTHS,
     SITES,
+    WIDTH,
     Gradients,
     arguments,
     collate,
@@ -28,7 +29,7 @@ from training_job import (
 from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_saereg.errors import UserError
-from hf_saereg.heads import SAEHeadConfig
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.trainer import (
@@ -618,6 +619,15 @@ def test_the_best_checkpoint_brings_its_heads_back(tmp_path, metric, spoiled):
     heads_of_last = [name for name in last if name.startswith("blocks.")]
     assert len(heads_of_last) == 4 * len(SITES)
     assert not any(torch.equal(last[name], best[name]) for name in heads_of_last)
+
+
+def test_heads_without_a_form_on_disk_are_refused_before_training(tmp_path):
+    model = tiny_model([SAEHeadConfig("topk", SITES[0], WIDTH, 32, k=4, rectified=False)])
+    with pytest.raises(HeadConfigError, match="rectified is off"):
+        trainer(model, arguments(tmp_path))
+    with pytest.raises(HeadConfigError, match="rectified is off"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_no_pickle_lies_beside_the_weights(uninterrupted):

@@ -57,6 +57,16 @@ class HeadFolderError(UserError):
     """A folder of heads cannot be used; the message says why."""
 
 
+def check_savable(heads: Iterable[SAEHead]) -> None:
+    """Check that every head has a form on disk, before anything is trained or written.
+
+    Raises:
+        HeadConfigError: naming the first that has none.
+    """
+    for head in heads:
+        head.saelens_options()
+
+
 def save_heads(
     heads: Iterable[SAEHead], checkpoint: Path, metadata: dict[str, Any] | None = None
 ) -> None:
