@@ -24,6 +24,7 @@ class Shape:
     cpu_tokens: int  # where there is no GPU
     training_tokens: int  # of a step of the run that makes the checkpoints
     training_steps: int
+    activation: str = "gelu_new"
 
     def model_config(self) -> GPT2Config:
         """GPT-2 of this shape, without dropout."""
@@ -33,6 +34,7 @@ class Shape:
             n_layer=self.n_layer,
             n_head=self.n_head,
             n_embd=self.d_in,
+            activation_function=self.activation,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             **dict.fromkeys(("bos_token_id", "eos_token_id")),
         )
@@ -54,7 +56,8 @@ class Shape:
 
 
 def _character(*d_sae: int) -> Shape:
-    return Shape(4, 4, 64, d_sae, 128, 128, 16384, 16384, 2048, 300)
+    # the activation as the character recipes compute it
+    return Shape(4, 4, 64, d_sae, 128, 128, 16384, 16384, 2048, 300, "gelu_pytorch_tanh")
 
 
 def _gpt2_small(d_sae: int) -> Shape:

