@@ -55,7 +55,8 @@ class SAERegArguments(TrainingArguments):
     """`TrainingArguments` with the options of the term.
 
     Args:
-        kernel: how the heads' losses are computed: auto, dense or sparse.
+        kernel: how the heads' losses are computed: auto, dense, sparse (on a CPU) or triton (on a
+            GPU).
         b_dec_init: where `b_dec` of new heads starts: zero, or the mean or geometric_median of the
             first training rows' activations.
         b_dec_init_rows: how many rows.
@@ -64,7 +65,8 @@ class SAERegArguments(TrainingArguments):
         report_to: TensorBoard unless said otherwise.
 
     Raises:
-        UserError: if there is no such kernel or centre, or a number cannot be.
+        UserError: if there is no such kernel or centre, the kernel does not run on the device, or a
+            number cannot be.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -73,7 +75,9 @@ class SAERegArguments(TrainingArguments):
     )
     kernel: str = field(
         default="auto",
-        metadata={"help": "How the heads' losses are computed: auto, dense or sparse."},
+        metadata={
+            "help": "How the heads' losses are computed: auto, dense, sparse (CPU) or triton (GPU)."
+        },
     )
 
     b_dec_init: str = field(
@@ -88,7 +92,6 @@ class SAERegArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        kernels.check_name(self.kernel)
         if self.b_dec_init not in CENTRES:
             raise UserError(
                 f"b_dec_init is {self.b_dec_init!r}; choose one of {', '.join(CENTRES)}."
@@ -99,6 +102,7 @@ class SAERegArguments(TrainingArguments):
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()
+        kernels.check(self.kernel, self.device)
 
     @property
     def resumes(self) -> bool:

@@ -96,9 +96,10 @@ class SAEHead(nn.Module, ABC):
     def initial_training_state(self) -> dict[str, Tensor]:
         """What training keeps beside the weights, as it is before the first step.
 
-        Of every head `tokens_since_fired`, (d_sae,), and `was_sparse`, (), the kernel that `auto`
-        last picked: a resumed run must pick the same again. With a target `steered_coefficient` and
-        `smoothed_l0`, (); where activations are divided by their spread `scale`, ().
+        Of every head `tokens_since_fired`, (d_sae,), and `was_sparse`, (), whether `auto` last
+        picked a sparse kernel: a resumed run must pick the same again. With a target
+        `steered_coefficient` and `smoothed_l0`, (); where activations are divided by their spread
+        `scale`, ().
         """
         config = self.config
         state = {
@@ -383,13 +384,14 @@ class SAEHead(nn.Module, ABC):
     @torch.no_grad()
     def _pick(self, centred: Tensor, selection: Selection) -> ModuleType:
         """The kernel for these tokens; a change of mind in training is logged and remembered."""
-        if self.kernel != "auto" or centred.device.type != "cpu":  # density does not matter
+        fast = kernels.fast_kernel(self.encoder_weight)
+        if self.kernel != "auto" or fast is None:  # density does not matter
             return kernels.pick(self.kernel, 1.0, self.encoder_weight)
         density, was_sparse = self._density(centred, selection), bool(self.was_sparse)
         kernel = kernels.pick(self.kernel, density, self.encoder_weight, was_sparse)
         if self.training and was_sparse != (kernel is not kernels.dense):
             self.was_sparse.fill_(not was_sparse)
-            site, names = self.config.hook_name, ("dense", "sparse")
+            site, names = self.config.hook_name, ("dense", fast)
             old, new = names[was_sparse], names[not was_sparse]
             logger.info("%s: density %.3f, kernel %s → %s", site, density, old, new)
         return kernel

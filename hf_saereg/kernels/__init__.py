@@ -1,22 +1,26 @@
 """How encode → select → decode and its gradients are computed, and the one place that picks how.
 
 Notable:
-- a kernel is a module with `encode` and `decode`; `dense` is the definition, `sparse` returns the
-  same values and gradients
-- `sparse` is imported when it is first used: it needs numba, which takes a while to load
+- a kernel is a module with `encode` and `decode`; `dense` is the definition, `sparse` (on a CPU)
+  and `triton` (on a GPU) return the same values and gradients
+- these two are imported when they are first used: one needs numba, which takes a while to load,
+  the other an extra
 """
 
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-from torch import Tensor, float32, float64
+import torch
+from torch import Tensor
 
 from hf_saereg.errors import UserError
 from hf_saereg.kernels import dense
 from hf_saereg.kernels.batch import batch_threshold
 from hf_saereg.kernels.codes import Above, Codes, LargestK, Selection
 
-KERNELS = ("auto", "dense", "sparse")
+KERNELS = ("auto", "dense", "sparse", "triton")
 
 # Density at which both take equally long on a CPU, forward and backward, standard heads, float32
 # and bfloat16: 0.35 and 0.28 at d_in 64, d_sae 512; 0.28 and 0.25 at 64 and 4,096; 0.32 and 0.19 at
@@ -24,20 +28,63 @@ KERNELS = ("auto", "dense", "sparse")
 _CACHED_WEIGHTS = 2**21
 _CROSSOVER = 0.2
 _CROSSOVER_UNCACHED = 0.08
+# Not measured: chosen so low that gathering the active rows must win against the dense products.
+_CROSSOVER_GPU = 0.005
 _HYSTERESIS = 1.25  # how far beyond the crossover a change of mind begins
 
 
-def check_name(kernel: str) -> None:
-    """Check that there is such a kernel.
+def check(kernel: str, device: torch.device) -> None:
+    """Check that there is such a kernel, and that it runs on a device.
 
     Args:
         kernel: one of `KERNELS`.
+        device: where the heads are.
 
     Raises:
-        UserError: if it is not.
+        UserError: if it does not.
     """
     if kernel not in KERNELS:
         raise UserError(f"Unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}.")
+    if kernel == "sparse" and device.type != "cpu":
+        raise UserError(
+            f"The kernel 'sparse' runs on a CPU, but the heads are on {device}; choose auto, dense "
+            "or triton."
+        )
+    if kernel == "triton":
+        _check_triton(device)
+
+
+def _check_triton(device: torch.device) -> None:
+    if not _triton_installed():
+        raise UserError(
+            "The kernel 'triton' needs the package triton, which is not installed; run "
+            "pip install 'hf-saereg[triton]', or choose auto, dense or sparse."
+        )
+    from triton import knobs
+
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise UserError(
+            f"The kernel 'triton' needs a GPU, but the heads are on {device}; choose auto, dense "
+            "or sparse, or set TRITON_INTERPRET=1 to run it, slowly, in Triton's interpreter."
+        )
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def fast_kernel(W_enc: Tensor) -> str | None:
+    """The kernel that does work only for active latents where such a weight is; None if none does.
+
+    Args:
+        W_enc: (d_in, d_sae), of the dtype and on the device that are computed in.
+    """
+    if W_enc.device.type == "cpu" and W_enc.dtype in (torch.float32, torch.float64):
+        return "sparse"
+    if W_enc.device.type == "cuda" and _triton_installed():
+        return "triton"
+    return None
 
 
 def pick(kernel: str, density: float, W_enc: Tensor, was_sparse: bool = False) -> ModuleType:
@@ -49,23 +96,28 @@ def pick(kernel: str, density: float, W_enc: Tensor, was_sparse: bool = False) -
         kernel: one of `KERNELS`.
         density: fraction of the latents that the head selects.
         W_enc: (d_in, d_sae), of the dtype and on the device that are computed in.
-        was_sparse: what was picked for the batch before.
+        was_sparse: whether the batch before was given to `fast_kernel`.
 
     Raises:
-        UserError: if there is no such kernel.
+        UserError: if there is no such kernel, or it does not run there.
     """
-    check_name(kernel)
+    check(kernel, W_enc.device)
     if kernel == "auto":
-        fits = W_enc.device.type == "cpu" and W_enc.dtype in (float32, float64)
-        crossover = _CROSSOVER if W_enc.numel() <= _CACHED_WEIGHTS else _CROSSOVER_UNCACHED
+        fast, crossover = fast_kernel(W_enc), _crossover(W_enc)
         limit = crossover * _HYSTERESIS if was_sparse else crossover / _HYSTERESIS
-        kernel = "sparse" if fits and density < limit else "dense"
+        kernel = fast if fast and density < limit else "dense"
     return import_module(f"hf_saereg.kernels.{kernel}")
 
 
+def _crossover(W_enc: Tensor) -> float:
+    if W_enc.device.type == "cuda":
+        return _CROSSOVER_GPU
+    return _CROSSOVER if W_enc.numel() <= _CACHED_WEIGHTS else _CROSSOVER_UNCACHED
+
+
 def __getattr__(name: str) -> ModuleType:
-    if name == "sparse":
-        return import_module("hf_saereg.kernels.sparse")
+    if name in ("sparse", "triton"):
+        return import_module(f"hf_saereg.kernels.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -76,8 +128,10 @@ __all__ = [
     "LargestK",
     "Selection",
     "batch_threshold",
-    "check_name",
+    "check",
     "dense",
+    "fast_kernel",
     "pick",
     "sparse",
+    "triton",
 ]
