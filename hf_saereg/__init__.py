@@ -5,6 +5,7 @@ from typing import Any
 
 _MODULES = {
     "CorpusArguments": "corpora",
+    "FidelityMetric": "metric",
     "FreshHeadsArguments": "sweep",
     "HeadBank": "heads.bank",
     "HeadsArguments": "configuration",

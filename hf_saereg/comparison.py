@@ -13,22 +13,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainingArguments
 
 from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments, collate_blocks
-from hf_saereg.fidelity import Batch, Fidelity, baselines, fidelity
+from hf_saereg.fidelity import Batch, baselines, fidelity, fidelity_of_each
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions, write_json
+from hf_saereg.scores import Fidelity
 from hf_saereg.sweep import Cell, FreshHeadsArguments, train_fresh_heads
 
 SCORES_FILE = "scores.json"
 FIDELITY_BATCH_SIZE = 32
+LOGITS_AT_ONCE = 2**26  # as float32, 256 MiB
 
 
 def score_model(
@@ -56,7 +57,7 @@ def score_model(
         return json.loads((folder / SCORES_FILE).read_text())
     model = model.eval()
     start = time.monotonic()
-    batches = _batches(blocks["validation"], arguments.fidelity_blocks, model.device)
+    batches = fidelity_batches(blocks["validation"], arguments.fidelity_blocks, model.config)
     base = baselines(model, batches)
     halves: list[dict[Cell, HeadBank]] = []
     scoring = time.monotonic() - start
@@ -69,13 +70,13 @@ def score_model(
     rows, compound = [], []
     for cell, heads in tqdm(grid.items(), desc=f"Scoring them on {name}", dynamic_ncols=True):
         save_heads(heads, folder / cell.name, {"model_name": name})
-        scores = fidelity(model, heads, batches, base.clean_ce)
-        halfway = fidelity(model, halves[0][cell], batches, base.clean_ce)
+        both = {"whole": heads, "half": halves[0][cell]}
+        scores, halfway = fidelity_of_each(model, both, batches, base).values()
         labels = {"model": name, "family": cell.architecture, "source": "fresh"}
         labels["sparsity"] = cell.sparsity
         _append(rows, compound, labels, scores, halfway)
     if model.heads:
-        scores = fidelity(model, model.heads, batches, base.clean_ce)
+        scores = fidelity(model, model.heads, batches, base)
         config = model.heads.configs[0]
         labels = {"model": name, "family": config.architecture, "source": "cotrained"}
         labels["sparsity"] = config.k or config.target_l0 or config.sparsity_coefficient
@@ -183,13 +184,18 @@ def _listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _batches(blocks: Dataset, n_blocks: int, device: torch.device) -> list[Batch]:
-    """The first blocks, in batches; they stay in memory, because every head is scored on them."""
+def fidelity_batches(blocks: Dataset, n_blocks: int, config: GPT2Config) -> list[Batch]:
+    """The first blocks, in batches; they stay in memory, because every head is scored on them.
+
+    Args:
+        blocks: validation text, with `input_ids`.
+        n_blocks: how many of them.
+        config: of the language model; a large vocabulary makes batches smaller.
+    """
     rows = list(blocks.select(range(min(n_blocks, len(blocks)))))
-    return [
-        {k: v.to(device) for k, v in collate_blocks(rows[i : i + FIDELITY_BATCH_SIZE]).items()}
-        for i in range(0, len(rows), FIDELITY_BATCH_SIZE)
-    ]
+    at_once = LOGITS_AT_ONCE // (config.vocab_size * len(rows[0]["input_ids"]))
+    size = max(1, min(FIDELITY_BATCH_SIZE, at_once))
+    return [collate_blocks(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def _append(
@@ -199,23 +205,23 @@ def _append(
     scores: Fidelity,
     halfway: Fidelity | None,
 ) -> None:
-    for hook_name, site in scores.sites.items():
+    for hook_name, (effect, statistics) in scores.sites.items():
         rows.append(
             {
                 **labels,
                 "site": hook_name,
-                "l0": site.statistics.l0,
-                "ce_increase": site.ce_increase,
-                "fvu": site.statistics.fvu,
-                "dead_fraction": site.statistics.dead_fraction,
-                "ce_increase_at_half": halfway and halfway.sites[hook_name].ce_increase,
+                **effect.figures(),
+                **statistics.figures(),
+                "explained_variance": statistics.explained_variance,
+                "density_histogram": statistics.density_histogram()._asdict(),
+                "ce_increase_at_half": halfway and halfway.sites[hook_name].effect.ce_increase,
             }
         )
     compound.append(
         {
             **labels,
             "sum_l0": scores.compound_l0,
-            "ce_increase": scores.compound_ce_increase,
-            "ce_increase_at_half": halfway and halfway.compound_ce_increase,
+            **scores.compound.figures(),
+            "ce_increase_at_half": halfway and halfway.compound.ce_increase,
         }
     )

@@ -111,11 +111,13 @@ def test_results_have_the_documented_keys(finished):
     phases = {f"{phase}_{name}" for phase in ("train", "fresh", "fidelity") for name in NAMES}
     assert results["seconds"].keys() == phases
     labels = {"model", "family", "source", "sparsity"}
-    increases = {"ce_increase", "ce_increase_at_half"}
+    ce = {"ce", "clean_ce", "mean_ablated_ce", "zero_ablated_ce", "kl", "ce_increase"}
+    ce |= {"ce_recovered", "ce_recovered_from_zero", "ce_increase_at_half"}
+    of_a_site = {"l0", "fvu", "explained_variance", "dead_fraction", "x_norm", "density_histogram"}
     for row in results["rows"]:
-        assert row.keys() == {*labels, *increases, "site", "l0", "fvu", "dead_fraction"}
+        assert row.keys() == {*labels, *ce, *of_a_site, "site"}
     for row in results["compound"]:
-        assert row.keys() == {*labels, *increases, "sum_l0"}
+        assert row.keys() == {*labels, *ce, "sum_l0"}
     fresh = {("topk", "fresh", 2), ("topk", "fresh", 4), ("standard", "fresh", 1.0)}
     expected = {("plain", *cell) for cell in fresh} | {("regularized", *cell) for cell in fresh}
     expected |= {("regularized", "standard", "cotrained", 0.01)}
