@@ -6,7 +6,7 @@ from typing import Any
 _MODULES = {
     "CorpusArguments": "corpora",
     "FidelityMetric": "metric",
-    "FreshHeadsArguments": "sweep",
+    "FreshHeadsArguments": "grid",
     "HeadBank": "heads.bank",
     "HeadsArguments": "configuration",
     "SAEHead": "heads",
