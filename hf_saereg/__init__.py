@@ -5,7 +5,8 @@ from typing import Any
 
 _MODULES = {
     "CorpusArguments": "corpora",
-    "FreshHeadsArguments": "sweep",
+    "FidelityMetric": "metric",
+    "FreshHeadsArguments": "grid",
     "HeadBank": "heads.bank",
     "HeadsArguments": "configuration",
     "SAEHead": "heads",

@@ -19,11 +19,11 @@ from transformers import GPT2Config, PreTrainedTokenizerBase, set_seed
 from hf_saereg.comparison import describe_setup
 from hf_saereg.configuration import CharacterModelArguments, HeadsArguments, TwinArguments
 from hf_saereg.corpora import CorpusArguments, character_tokenizer, collate_blocks, load_blocks
+from hf_saereg.grid import FreshHeadsArguments
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
-from hf_saereg.sweep import FreshHeadsArguments
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer, last_complete_checkpoint
 
 

@@ -2,94 +2,21 @@
 
 Notable:
 - every model is scored on the same validation blocks with the same grid, steps and seed
-- fresh heads are scored at half of their training too, so that a reader sees how far they still
-  moved
-- a finished model's scores are kept on disk, so that an interrupted comparison goes on after them
 """
 
-import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, DatasetDict
-from tqdm.auto import tqdm
+from datasets import DatasetDict
 from transformers import GPT2Config, TrainingArguments
 
 from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
-from hf_saereg.corpora import CorpusArguments, collate_blocks
-from hf_saereg.fidelity import Batch, Fidelity, baselines, fidelity
-from hf_saereg.heads.bank import HeadBank
-from hf_saereg.heads.folder import save_heads
+from hf_saereg.corpora import CorpusArguments
+from hf_saereg.fresh import score_model
+from hf_saereg.grid import FreshHeadsArguments
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-from hf_saereg.run_folder import command_line, package_versions, write_json
-from hf_saereg.sweep import Cell, FreshHeadsArguments, train_fresh_heads
-
-SCORES_FILE = "scores.json"
-FIDELITY_BATCH_SIZE = 32
-
-
-def score_model(
-    name: str,
-    model: SAERegGPT2LMHeadModel,
-    blocks: DatasetDict,
-    arguments: FreshHeadsArguments,
-    seed: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """Fit fresh heads on a frozen model and score them, and its own heads if it has some.
-
-    Args:
-        name: of the model in all tables.
-        model: left as it is.
-        blocks: `train` and `validation`.
-        arguments: grid and schedule.
-        seed: of the fresh heads.
-        folder: for the fresh heads and the scores; scores found there are returned as they are.
-
-    Returns:
-        `rows`, `compound`, `baselines` and `seconds` of this model, JSON-serialisable.
-    """
-    if (folder / SCORES_FILE).is_file():
-        return json.loads((folder / SCORES_FILE).read_text())
-    model = model.eval()
-    start = time.monotonic()
-    batches = _batches(blocks["validation"], arguments.fidelity_blocks, model.device)
-    base = baselines(model, batches)
-    halves: list[dict[Cell, HeadBank]] = []
-    scoring = time.monotonic() - start
-    start = time.monotonic()
-    grid = train_fresh_heads(
-        model, blocks["train"], arguments, seed, f"Fresh SAEs on {name}", on_half=halves.append
-    )
-    training = time.monotonic() - start
-    start = time.monotonic()
-    rows, compound = [], []
-    for cell, heads in tqdm(grid.items(), desc=f"Scoring them on {name}", dynamic_ncols=True):
-        save_heads(heads, folder / cell.name, {"model_name": name})
-        scores = fidelity(model, heads, batches, base.clean_ce)
-        halfway = fidelity(model, halves[0][cell], batches, base.clean_ce)
-        labels = {"model": name, "family": cell.architecture, "source": "fresh"}
-        labels["sparsity"] = cell.sparsity
-        _append(rows, compound, labels, scores, halfway)
-    if model.heads:
-        scores = fidelity(model, model.heads, batches, base.clean_ce)
-        config = model.heads.configs[0]
-        labels = {"model": name, "family": config.architecture, "source": "cotrained"}
-        labels["sparsity"] = config.k or config.target_l0 or config.sparsity_coefficient
-        _append(rows, compound, labels, scores, None)
-    scoring += time.monotonic() - start
-    result = {
-        "rows": rows,
-        "compound": compound,
-        "baselines": base._asdict(),
-        "seconds": {f"fresh_{name}": training, f"fidelity_{name}": scoring},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SCORES_FILE, result)
-    return result
+from hf_saereg.run_folder import command_line, package_versions
 
 
 def compare_models(
@@ -111,7 +38,7 @@ def compare_models(
         folder: for the fresh heads and the scores, one folder a model.
     """
     scores = {
-        name: score_model(name, model, blocks, arguments, setup["seed"], folder / name)
+        name: score_model(name, model, blocks, arguments.sweep(setup["seed"]), folder / name)
         for name, model in models.items()
     }
     seconds = {f"train_{name}": figures["train_seconds"] for name, figures in trained.items()}
@@ -168,7 +95,7 @@ def describe_setup(
         f"context {config.n_positions}",
         "regularizer": f"{heads.architecture} heads, d_sae {_listed(heads.d_sae)}, {sparsity}, "
         f"λ {_listed(heads.reconstruction_weight)}",
-        "fresh": f"{', '.join(cell.name for cell in fresh.cells())}; "
+        "fresh": f"{', '.join(cell.name for cell in fresh.cells(arguments.seed))}; "
         f"d_sae {_listed(dict.fromkeys(fresh_d_sae))}, "
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
         f"fidelity on {min(fresh.fidelity_blocks, len(blocks['validation']))} blocks",
@@ -181,41 +108,3 @@ def describe_setup(
 
 def _listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
-
-
-def _batches(blocks: Dataset, n_blocks: int, device: torch.device) -> list[Batch]:
-    """The first blocks, in batches; they stay in memory, because every head is scored on them."""
-    rows = list(blocks.select(range(min(n_blocks, len(blocks)))))
-    return [
-        {k: v.to(device) for k, v in collate_blocks(rows[i : i + FIDELITY_BATCH_SIZE]).items()}
-        for i in range(0, len(rows), FIDELITY_BATCH_SIZE)
-    ]
-
-
-def _append(
-    rows: list[dict[str, Any]],
-    compound: list[dict[str, Any]],
-    labels: dict[str, Any],
-    scores: Fidelity,
-    halfway: Fidelity | None,
-) -> None:
-    for hook_name, site in scores.sites.items():
-        rows.append(
-            {
-                **labels,
-                "site": hook_name,
-                "l0": site.statistics.l0,
-                "ce_increase": site.ce_increase,
-                "fvu": site.statistics.fvu,
-                "dead_fraction": site.statistics.dead_fraction,
-                "ce_increase_at_half": halfway and halfway.sites[hook_name].ce_increase,
-            }
-        )
-    compound.append(
-        {
-            **labels,
-            "sum_l0": scores.compound_l0,
-            "ce_increase": scores.compound_ce_increase,
-            "ce_increase_at_half": halfway and halfway.compound_ce_increase,
-        }
-    )

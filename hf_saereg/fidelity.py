@@ -1,177 +1,265 @@
 """How well heads stand in for the activations that they read.
 
-    CE increase of a site = CE with its activations replaced by their reconstruction − CE
-    compound CE increase  = the same with all sites replaced, each head reading the replaced stream
+    text → clean predictions → predictions with reconstructions in place → CE, KL → scores
 
 Notable:
-- means are over predicted tokens, sums over batches are kept in double precision
-- padding is neither replaced nor counted
-- clean and mean-ablated CE are reported beside every increase, so that its scale is visible
+- means are over predicted tokens, sums over batches and processes are kept in double precision:
+  every process takes every n-th batch, so the number of processes changes nothing but the time
+- one mask: padding is neither read, replaced nor counted, and the first token after padding on the
+  left, predicted from padding, does not count either (`labels` alone would count it)
+- the scores themselves, and what each figure is, are in `scores.py`
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from hf_saereg.heads import SiteStatistics
+from hf_saereg.errors import UserError
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SiteFunction
+from hf_saereg.scores import Baselines, Effect, Fidelity, SiteFidelity
 from hf_saereg.splicing import Splice
 
 Batch = dict[str, Tensor]  # input_ids and labels, (batch, sequence); attention_mask where padded
+K = TypeVar("K", bound=Hashable)
+
+CLEAN, COMPOUND = "clean", "compound"  # no hook name looks like these
 
 
-class SiteFidelity(NamedTuple):
-    """How well one head stands in for its site.
-
-    Attributes:
-        ce_increase: nats a token.
-        statistics: of the head on the clean activations.
-    """
-
-    ce_increase: float
-    statistics: SiteStatistics
+class FidelityError(UserError):
+    """Fidelity cannot be measured; the message says why."""
 
 
-class Fidelity(NamedTuple):
-    """How well a model's heads stand in for its sites.
-
-    Attributes:
-        sites: each head alone, by hook name.
-        compound_ce_increase: all heads at once, nats a token.
-        compound_l0: sum over sites of L0 in the replaced stream.
-    """
-
-    sites: dict[str, SiteFidelity]
-    compound_ce_increase: float
-    compound_l0: float
-
-
-class Baselines(NamedTuple):
-    """What fidelity is measured against, nats a token.
-
-    Attributes:
-        clean_ce: nothing replaced.
-        mean_ablated_ce: one site replaced by its mean activation, by hook name.
-        mean_ablated_ce_all: all sites replaced by their mean activations.
-        residual_norm: mean over tokens of ‖x‖₂, by hook name.
-        spectrum: shares of the variance of x in its principal directions, largest first, by hook
-            name.
-    """
-
-    clean_ce: float
-    mean_ablated_ce: dict[str, float]
-    mean_ablated_ce_all: float
-    residual_norm: dict[str, float]
-    spectrum: dict[str, list[float]]
-
-
-@torch.no_grad()
-def cross_entropy(
-    model: SAERegGPT2LMHeadModel,
-    batches: Iterable[Batch],
-    at_sites: dict[str, SiteFunction] | None = None,
-) -> float:
-    """Mean cross-entropy over predicted tokens, nats.
+def predicted_positions(batch: Batch) -> Tensor:
+    """(batch, sequence − 1) bool, where the next token is real, asked for, and predicted from one.
 
     Args:
-        model: in evaluation mode.
-        batches: with labels.
-        at_sites: functions on the activations, by hook name; a `Splice` is told each batch's mask.
+        batch: `labels`, and `attention_mask` where there is padding, on either side.
     """
-    total, count = 0.0, 0
-    functions = at_sites or {}
-    for batch in batches:
-        for function in functions.values():
-            if isinstance(function, Splice):
-                function.mask = batch.get("attention_mask")
-        with model.at_sites(functions):
-            loss = model(**batch, compute_term=False).loss
-        predicted = int((batch["labels"][:, 1:] != -100).sum())
-        if predicted:  # the mean over no token is NaN
-            total += loss.item() * predicted
-            count += predicted
-    return total / count
+    asked = batch["labels"][:, 1:] != -100
+    mask = batch.get("attention_mask")
+    return asked if mask is None else asked & mask[:, 1:].bool() & mask[:, :-1].bool()
 
 
 def fidelity(
-    model: SAERegGPT2LMHeadModel, heads: HeadBank, batches: Sequence[Batch], clean_ce: float
+    model: SAERegGPT2LMHeadModel,
+    heads: HeadBank,
+    batches: Iterable[Batch],
+    base: Baselines,
+    accelerator: Accelerator | None = None,
 ) -> Fidelity:
     """Score heads on a model, each alone and all together.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, and its heads too.
         heads: any subset of its sites.
-        batches: validation text.
-        clean_ce: the model's own CE on the same batches.
+        batches: text, the same on every process; iterated once.
+        base: of the model on the same batches.
+        accelerator: whose processes share the work; every process must call this.
     """
-    sites = {}
-    for head in heads:
-        splice = Splice(head)
-        ce = cross_entropy(model, batches, {head.config.hook_name: splice})
-        sites[head.config.hook_name] = SiteFidelity(ce - clean_ce, splice.statistics)
-    splices = {head.config.hook_name: Splice(head) for head in heads}
-    compound_ce = cross_entropy(model, batches, splices)
-    return Fidelity(
-        sites, compound_ce - clean_ce, sum(splice.statistics.l0 for splice in splices.values())
-    )
+    return fidelity_of_each(model, {COMPOUND: heads}, batches, base, accelerator)[COMPOUND]
 
 
 @torch.no_grad()
-def baselines(model: SAERegGPT2LMHeadModel, batches: Sequence[Batch]) -> Baselines:
-    """Clean CE, mean-ablated CE and activation norms of a model on validation text.
+def fidelity_of_each(
+    model: SAERegGPT2LMHeadModel,
+    banks: Mapping[K, HeadBank],
+    batches: Iterable[Batch],
+    base: Baselines,
+    accelerator: Accelerator | None = None,
+) -> dict[K, Fidelity]:
+    """Score several sets of heads on one model; its clean predictions are made once for all.
+
+    Args:
+        model: in evaluation mode, and the heads too.
+        banks: sets of heads, by whatever names them.
+        batches: as `fidelity` takes them.
+        base: of the model on the same batches.
+        accelerator: whose processes share the work; every process must call this.
+    """
+    splices: dict[tuple[K, str], dict[str, Splice]] = {}
+    for key, bank in banks.items():
+        for head in bank:
+            splices[key, head.config.hook_name] = {head.config.hook_name: Splice(head)}
+        splices[key, COMPOUND] = {head.config.hook_name: Splice(head) for head in bank}
+    shifts = _predictions(model, splices, batches, accelerator)
+    seen = _over_processes(
+        {
+            trial: {hook_name: splice.statistics for hook_name, splice in own.items()}
+            for trial, own in splices.items()
+        },
+        accelerator,
+    )
+    return {
+        key: Fidelity(
+            sites={
+                hook_name: SiteFidelity(
+                    Effect(
+                        *shifts[key, hook_name],
+                        base.clean_ce,
+                        base.mean_ablated_ce[hook_name],
+                        base.zero_ablated_ce[hook_name],
+                    ),
+                    seen[key, hook_name][hook_name],
+                )
+                for hook_name in bank.hook_names
+            },
+            compound=Effect(
+                *shifts[key, COMPOUND],
+                base.clean_ce,
+                base.mean_ablated_ce_all if bank.hook_names == model.hook_names else None,
+                base.zero_ablated_ce_all if bank.hook_names == model.hook_names else None,
+            ),
+            compound_l0=sum(statistics.l0 for statistics in seen[key, COMPOUND].values()),
+        )
+        for key, bank in banks.items()
+    }
+
+
+@torch.no_grad()
+def baselines(
+    model: SAERegGPT2LMHeadModel,
+    batches: Iterable[Batch],
+    accelerator: Accelerator | None = None,
+) -> Baselines:
+    """Clean CE, ablated CE and activation norms of a model.
 
     Args:
         model: in evaluation mode.
-        batches: validation text.
+        batches: text, the same on every process; iterated twice.
+        accelerator: whose processes share the work; every process must call this.
     """
-    sums = {hook_name: torch.zeros(()) for hook_name in model.hook_names}
-    norms = dict.fromkeys(model.hook_names, 0.0)
-    products = dict.fromkeys(model.hook_names, 0.0)  # (d_in, d_in) once a batch has been seen
-    tokens = 0
-    for batch in batches:
-        with model.reading(model.hook_names) as activations:
-            model(**batch, compute_term=False)
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        tokens += int(mask.sum())
-        for hook_name, x in activations.items():
-            sums[hook_name] = sums[hook_name].to(x.device) + x[mask].double().sum(dim=0)  # (d_in,)
-            norms[hook_name] += x[mask].norm(dim=-1).sum().item()
-            products[hook_name] += (x[mask].T.double() @ x[mask].double()).cpu()
+    moments = _moments(model, batches, accelerator)
     # position and padding do not matter here: every position gets the same mean
-    ablations = {
-        hook_name: lambda x, mean=total / tokens: mean.to(x.dtype).expand_as(x)
-        for hook_name, total in sums.items()
+    means: dict[str, SiteFunction] = {
+        hook_name: lambda x, mean=site.mean: mean.to(x.dtype).expand_as(x)
+        for hook_name, site in moments.items()
+    }
+    zeros: dict[str, SiteFunction] = dict.fromkeys(means, torch.zeros_like)
+    trials: dict[Hashable, dict[str, SiteFunction]] = {CLEAN: {}}
+    for kind, ablations in (("mean", means), ("zero", zeros)):
+        trials |= {(kind, name): {name: ablation} for name, ablation in ablations.items()}
+        trials[kind, COMPOUND] = ablations
+    ce = {
+        trial: shift.ce
+        for trial, shift in _predictions(model, trials, batches, accelerator).items()
     }
     return Baselines(
-        clean_ce=cross_entropy(model, batches),
-        mean_ablated_ce={
-            hook_name: cross_entropy(model, batches, {hook_name: ablation})
-            for hook_name, ablation in ablations.items()
-        },
-        mean_ablated_ce_all=cross_entropy(model, batches, ablations),
-        residual_norm={hook_name: norm / tokens for hook_name, norm in norms.items()},
-        spectrum={
-            hook_name: _spectrum(product / tokens, sums[hook_name].cpu() / tokens)
-            for hook_name, product in products.items()
-        },
+        clean_ce=ce[CLEAN],
+        mean_ablated_ce={hook_name: ce["mean", hook_name] for hook_name in means},
+        mean_ablated_ce_all=ce["mean", COMPOUND],
+        zero_ablated_ce={hook_name: ce["zero", hook_name] for hook_name in means},
+        zero_ablated_ce_all=ce["zero", COMPOUND],
+        residual_norm={name: (site.norm / site.tokens).item() for name, site in moments.items()},
+        spectrum={hook_name: _spectrum(site) for hook_name, site in moments.items()},
     )
 
 
-def effective_rank(spectrum: Sequence[float]) -> float:
-    """Number of directions that as much variance, evenly spread, would fill: exp of the entropy.
+class _Shift(NamedTuple):
+    """CE and KL(original ‖ replaced), means over predicted tokens."""
 
-    Args:
-        spectrum: shares of the variance.
-
-    See: Roy & Vetterli 2007, "The effective rank".
-    """
-    shares = torch.tensor(spectrum, dtype=torch.float64)
-    return torch.special.entr(shares).sum().exp().item()
+    ce: float
+    kl: float
 
 
-def _spectrum(second_moment: Tensor, mean: Tensor) -> list[float]:
-    variances = torch.linalg.eigvalsh(second_moment - torch.outer(mean, mean)).clamp(min=0)
+def _predictions(
+    model: SAERegGPT2LMHeadModel,
+    trials: Mapping[K, Mapping[str, SiteFunction]],
+    batches: Iterable[Batch],
+    accelerator: Accelerator | None,
+) -> dict[K, _Shift]:
+    """CE and KL with functions at the sites, by trial."""
+    zero = torch.zeros((), dtype=torch.float64, device=model.device)
+    sums = {trial: [zero, zero] for trial in trials}  # of CE and KL
+    count = torch.zeros((), dtype=torch.int64, device=model.device)
+    for batch in _share(model, batches, accelerator):
+        positions = predicted_positions(batch)
+        targets = batch["labels"][:, 1:][positions].unsqueeze(1)  # (predicted, 1)
+        clean = _log_probabilities(model, batch, positions, {})  # (predicted, vocabulary)
+        count = count + len(targets)
+        for trial, functions in trials.items():
+            log_p = _log_probabilities(model, batch, positions, functions) if functions else clean
+            ce = -log_p.gather(1, targets).sum(dtype=torch.float64)
+            kl = kl_div(log_p, clean, log_target=True, reduction="none").sum(dtype=torch.float64)
+            sums[trial] = [sums[trial][0] + ce, sums[trial][1] + kl]
+    sums, count = _over_processes((sums, count), accelerator)
+    if count == 0:
+        raise FidelityError(
+            "No token of the text is predicted: give rows of at least two real tokens, with labels."
+        )
+    return {trial: _Shift(*((total / count).item() for total in sums[trial])) for trial in trials}
+
+
+def _log_probabilities(
+    model: SAERegGPT2LMHeadModel,
+    batch: Batch,
+    positions: Tensor,
+    functions: Mapping[str, SiteFunction],
+) -> Tensor:
+    mask = batch.get("attention_mask")
+    for function in functions.values():
+        if isinstance(function, Splice):
+            function.mask = mask
+    with model.at_sites(functions):
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=mask, compute_term=False, use_cache=False
+        ).logits
+    predicted = logits[:, :-1][positions]  # (predicted, vocabulary)
+    return predicted.to(torch.promote_types(predicted.dtype, torch.float32)).log_softmax(-1)
+
+
+class _Moments(NamedTuple):
+    """Sums over the tokens of one site, in double precision."""
+
+    tokens: Tensor  # ()
+    norm: Tensor  # () of ‖x‖
+    total: Tensor  # (d_in,)
+    products: Tensor  # (d_in, d_in)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.tokens
+
+
+def _moments(
+    model: SAERegGPT2LMHeadModel, batches: Iterable[Batch], accelerator: Accelerator | None
+) -> dict[str, _Moments]:
+    width = model.config.n_embd
+    sizes = ((), (), (width,), (width, width))
+    zeros = [torch.zeros(size, dtype=torch.float64, device=model.device) for size in sizes]
+    moments = {hook_name: _Moments(*zeros) for hook_name in model.hook_names}
+    for batch in _share(model, batches, accelerator):
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        with model.reading(model.hook_names) as activations:
+            model.transformer(
+                batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+            )
+        for hook_name, x in activations.items():
+            x = x[mask].double()  # (tokens, d_in)
+            own = (mask.sum().double(), x.norm(dim=-1).sum(), x.sum(dim=0), x.T @ x)
+            moments[hook_name] = _Moments(*map(torch.add, moments[hook_name], own))
+    return _over_processes(moments, accelerator)
+
+
+def _spectrum(site: _Moments) -> list[float]:
+    covariance = site.products / site.tokens - torch.outer(site.mean, site.mean)
+    variances = torch.linalg.eigvalsh(covariance.cpu()).clamp(min=0)
     return (variances / variances.sum()).flip(0).tolist()
+
+
+def _share(
+    model: SAERegGPT2LMHeadModel, batches: Iterable[Batch], accelerator: Accelerator | None
+) -> Iterator[Batch]:
+    """Every n-th batch, on the model's device."""
+    first, step = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    for batch in islice(batches, first, None, step):
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _over_processes(sums: K, accelerator: Accelerator | None) -> K:
+    return sums if accelerator is None else accelerator.reduce(sums)

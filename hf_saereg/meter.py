@@ -45,13 +45,10 @@ class TermMeter:
             reconstruction, sparsity, auxiliary, value = (losses / statistics.tokens).tolist()
             values.append(value)
             for name, figure in {
-                "l0": statistics.l0,
-                "fvu": statistics.fvu,
-                "dead_fraction": statistics.dead_fraction,
+                **statistics.figures(),
                 "reconstruction": reconstruction,
                 "sparsity": sparsity,
                 "auxiliary": auxiliary,
-                "x_norm": statistics.mean_norm,
             }.items():
                 figures[f"{name}/{hook_name}"] = figure
         return {"term": sum(values) / len(values), **figures} if values else {}

@@ -98,13 +98,34 @@ def write_run(
         options: resolved options, JSON-serialisable.
         figures: what came out, `wall_seconds` among them; given once the run is finished.
     """
-    if not arguments.should_save:
-        return
+    if arguments.should_save:
+        about = (arguments.seed, arguments.world_size, arguments.device)
+        write_record(folder, options, *about, figures)
+
+
+def write_record(
+    folder: Path,
+    options: dict[str, Any],
+    seed: int,
+    world_size: int,
+    device: torch.device,
+    figures: dict[str, Any] | None = None,
+) -> None:
+    """Write `run.json`; called by the main process.
+
+    Args:
+        folder: created if absent.
+        options: resolved options, JSON-serialisable.
+        seed: of the run.
+        world_size: its processes.
+        device: of the main process.
+        figures: what came out, `wall_seconds` among them; given once the run is finished.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "seed": arguments.seed,
-        "world_size": arguments.world_size,
-        "device": str(arguments.device),
+        "seed": seed,
+        "world_size": world_size,
+        "device": str(device),
         "wall_seconds": figures and figures["wall_seconds"],
         "command": command_line(),
         "python": platform.python_version(),

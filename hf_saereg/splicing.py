@@ -24,7 +24,9 @@ class Splice:
     def __init__(self, head: SAEHead, mask: Tensor | None = None) -> None:
         self.head = head
         self.mask = mask
-        self.statistics: SiteStatistics | None = None  # of all batches so far
+        config, device = head.config, head.W_dec.device
+        # of all batches so far
+        self.statistics = SiteStatistics.of_nothing(config.d_in, config.d_sae, device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Reconstruction of x, (batch, sequence, d_in), with padding as it was."""
@@ -35,6 +37,5 @@ class Splice:
             mask = self.mask.bool()
             reconstruction = self.head.reconstruct(x[mask])
             replaced = torch.index_put(x, (mask,), reconstruction.x_hat.to(x.dtype))
-        seen = reconstruction.statistics
-        self.statistics = seen if self.statistics is None else self.statistics.merged(seen)
+        self.statistics = self.statistics.merged(reconstruction.statistics)
         return replaced

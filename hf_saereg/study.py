@@ -17,11 +17,11 @@ from typing import Any, Self
 import yaml
 
 from hf_saereg.character import CharacterJob
-from hf_saereg.comparison import score_model
 from hf_saereg.errors import UserError
-from hf_saereg.fidelity import effective_rank
+from hf_saereg.fresh import score_model
 from hf_saereg.options import as_words
 from hf_saereg.run_folder import write_json
+from hf_saereg.scores import effective_rank
 from hf_saereg.trainer import STATE_FILE
 
 CELL_FILE = "cell.json"
@@ -120,9 +120,8 @@ class StudyCell:
         """Train and score; leaves `cell.json`."""
         job = self.job
         model, figures = job.train(self.model)
-        scores = score_model(
-            self.variant, model, job.blocks, job.fresh, self.seed, self.folder / "fresh"
-        )
+        sweep = job.fresh.sweep(self.seed)
+        scores = score_model(self.variant, model, job.blocks, sweep, self.folder / "fresh")
         labels = {"variant": self.variant, "seed": self.seed}
         write_json(self.folder / CELL_FILE, labels | {"figures": figures, "scores": scores})
 

@@ -3,28 +3,30 @@
 Notable:
 - the model is run once a batch; every head of every cell reads the same activations
 - each site is scaled so that its mean norm is √d_in, and the scale folded back afterwards: one grid
-  of coefficients and one learning rate then serve a plain and a regularized model alike
+  and one learning rate then serve a plain and a regularized model alike
 - each head minimises its own R + S + A, unscaled, as the published fresh SAEs do
 - `b_dec` starts at the mean activation
-- the learning rate is constant until a final cooldown, so that heads trained half as long cost one
-  more short cooldown: their distance from the final ones says how far training still mattered
+- what a cell becomes does not depend on the cells beside it: its weights start from its own seed,
+  and the text of a step is the same for all, so cells may be trained together, apart, or resumed
+- at the step where a training half as long would begin to cool down, a copy of the heads does
 """
 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, RandomSampler
 from tqdm.auto import tqdm
 
-from hf_saereg.configuration import one_a_site
 from hf_saereg.corpora import collate_blocks
-from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.grid import Cell, Schedule
+from hf_saereg.heads import make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -32,236 +34,170 @@ SCALING_BATCHES = 8
 
 
 @dataclass
-class FreshHeadsArguments:
-    """Which fresh heads a frozen model gets, and how they are trained."""
+class Track:
+    """Heads on the way to a training of `length` steps, `step` of which are done."""
 
-    fresh_architectures: list[str] = field(
-        default_factory=lambda: ["topk", "standard"],
-        metadata={"help": "Families of the fresh heads."},
-    )
-    fresh_k: list[int] = field(
-        default_factory=lambda: [5, 10, 20, 40],
-        metadata={"help": "One topk or batchtopk head a value."},
-    )
-    fresh_coefficient: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
-        metadata={"help": "One standard, gated or jumprelu head a value of c, at mean norm √d_in."},
-    )
-    fresh_target_l0: list[float] | None = field(
-        default=None, metadata={"help": "One such head a target L0 instead, c steered towards it."}
-    )
-    fresh_d_sae: list[int] = field(
-        default_factory=lambda: [512],
-        metadata={"help": "Latents a fresh head: one value for all sites or one a site."},
-    )
-    fresh_steps: int = field(default=2000, metadata={"help": "Training steps of the fresh heads."})
-    fresh_batch_size: int = field(default=4, metadata={"help": "Blocks a step."})
-    fresh_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of Adam before its cooldown."}
-    )
-    fresh_cooldown: float = field(
-        default=0.5, metadata={"help": "Share of the steps in which the rate falls to 0."}
-    )
-    fresh_warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
-    fidelity_blocks: int = field(
-        default=256, metadata={"help": "Validation blocks on which fidelity is measured."}
-    )
+    bank: HeadBank
+    optimizer: torch.optim.Adam
+    length: int
+    step: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("fresh_steps", "fresh_batch_size", "fidelity_blocks"):
-            if getattr(self, name) < 1:
-                raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.fresh_warmup_steps < 0:
-            raise HeadConfigError(
-                f"fresh_warmup_steps is {self.fresh_warmup_steps}; it must be at least 0."
-            )
-        if not 0 < self.fresh_cooldown <= 1:
-            raise HeadConfigError(
-                f"fresh_cooldown is {self.fresh_cooldown}; it must be above 0 and at most 1."
-            )
-        if not 0 < self.fresh_learning_rate < math.inf:
-            raise HeadConfigError(
-                f"fresh_learning_rate is {self.fresh_learning_rate}; it must be finite and above 0."
-            )
-        if not self.cells() or not self.fresh_d_sae:
-            raise HeadConfigError(
-                f"There is no fresh head to train: fresh_architectures is "
-                f"{self.fresh_architectures}, fresh_k {self.fresh_k}, fresh_coefficient "
-                f"{self.fresh_coefficient}, fresh_d_sae {self.fresh_d_sae}."
-            )
+    @classmethod
+    def of(cls, bank: HeadBank, length: int) -> Self:
+        """A training that is yet to begin."""
+        return cls(bank, torch.optim.Adam(bank.parameters(), fused=True), length)
 
-    def d_sae_by_site(self, hook_names: list[str]) -> dict[str, int]:
-        """Latents a fresh head, by hook name.
+    def train(self, activations: dict[str, Tensor], learning_rate: float) -> None:
+        """One step on scaled activations, (tokens, d_in) by hook name."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        every = [head.losses(activations[head.config.hook_name]) for head in self.bank]
+        totals = [losses.reconstruction + losses.sparsity + losses.auxiliary for losses in every]
+        self.optimizer.zero_grad()
+        torch.stack(totals).sum().backward()
+        self.optimizer.step()
+        for head, losses in zip(self.bank, every, strict=True):
+            head.observe(losses.statistics.fired, losses.statistics.tokens)
+        self.step += 1
 
-        Raises:
-            HeadConfigError: if there is neither one value nor one a site.
-        """
-        sizes = one_a_site("fresh_d_sae", self.fresh_d_sae, len(hook_names))
-        return dict(zip(hook_names, sizes, strict=True))
 
-    def cooldown_start(self, length: int) -> int:
-        """First step of the cooldown of a training of `length` steps."""
-        return length - math.ceil(self.fresh_cooldown * length)
+@dataclass
+class CellTraining:
+    """One cell's heads, and from the fork on those that train half as long."""
 
-    def learning_rate_factor(self, step: int, length: int) -> float:
-        """Share of the peak learning rate: linear warm-up, constant, linear cooldown to 0.
+    cell: Cell
+    whole: Track
+    half: Track | None = None
+
+    def train(self, step: int, activations: dict[str, Tensor], schedule: Schedule) -> None:
+        """A step of the shared pass; one that is behind or ahead of the cell leaves it alone."""
+        if step != self.whole.step:
+            return
+        if step == schedule.fork:
+            bank, optimizer = copy.deepcopy((self.whole.bank, self.whole.optimizer))
+            self.half = Track(bank, optimizer, schedule.half, step)
+        for track in (self.whole, self.half):
+            if track is not None and track.step == step < track.length:
+                track.train(activations, schedule.learning_rate_at(step, track.length))
+
+
+class FreshHeads(NamedTuple):
+    """Heads of a finished cell, which read raw activations.
+
+    Attributes:
+        whole: trained to the end.
+        half: trained half as long, with a cooldown of their own.
+    """
+
+    whole: HeadBank
+    half: HeadBank
+
+
+@dataclass
+class SharedTraining:
+    """A frozen model, its text, and what its sites are scaled by.
+
+    Attributes:
+        means: (d_in,) of the scaled activations, by hook name.
+        scales: what brings the mean norm to √d_in, by hook name.
+    """
+
+    model: SAERegGPT2LMHeadModel
+    blocks: Dataset
+    schedule: Schedule
+    seed: int
+    means: dict[str, Tensor]
+    scales: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, model: SAERegGPT2LMHeadModel, blocks: Dataset, schedule: Schedule, seed: int
+    ) -> Self:
+        """Measure the sites.
 
         Args:
-            step: from 0.
-            length: steps in all.
+            model: left as it is, but in evaluation mode.
+            blocks: training text, with `input_ids`.
+            schedule: of every cell.
+            seed: of the order of the text.
         """
-        start, warmup_steps = self.cooldown_start(length), self.fresh_warmup_steps
-        warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-        cooldown = (length - step) / (length - start + 1) if step >= start else 1.0
-        return min(warmup, cooldown)
+        model = model.eval()
+        first = itertools.islice(_batches(blocks, schedule.batch_size, seed), SCALING_BATCHES)
+        seen = [_activations(model, batch) for batch in first]
+        means, scales = {}, {}
+        for hook_name in model.hook_names:
+            x = torch.cat([activations[hook_name] for activations in seen])  # (tokens, d_in)
+            scales[hook_name] = (math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean()).item()
+            means[hook_name] = x.mean(dim=0) * scales[hook_name]
+        return cls(model, blocks, schedule, seed, means, scales)
 
-    def cells(self) -> list["Cell"]:
-        """The grid, in a fixed order.
+    def start(self, cell: Cell) -> CellTraining:
+        """A cell before its first step.
 
         Raises:
-            HeadConfigError: for an unknown family, or sizes and weights that no head can have.
+            HeadConfigError: if its heads do not fit the model.
         """
-        grid = [
-            Cell(architecture, sparsity, option)
-            for architecture in self.fresh_architectures
-            for option, values in [self._sparsities(architecture)]
-            for sparsity in values
-        ]
-        for cell in grid:
-            for d_sae in self.fresh_d_sae:
-                cell.head("blocks.0.hook_resid_pre", 1, d_sae)
-        return grid
+        d_in = self.model.config.n_embd
+        with torch.random.fork_rng():
+            torch.manual_seed(cell.seed)
+            bank = HeadBank(map(make_head, cell.heads(self.model.hook_names, d_in)))
+        for hook_name, mean in self.means.items():
+            bank[hook_name].to(mean.device).b_dec.data.copy_(mean)
+        return CellTraining(cell, Track.of(bank, self.schedule.steps))
 
-    def _sparsities(self, architecture: str) -> tuple[str, list[float]]:
-        if _sparsity_option(architecture) == "k":
-            return "k", self.fresh_k
-        if self.fresh_target_l0 is not None:
-            return "target_l0", self.fresh_target_l0
-        return "sparsity_coefficient", self.fresh_coefficient
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid: a family at a sparsity, on every site."""
-
-    architecture: str
-    sparsity: float
-    option: str  # what `sparsity` is of a head's configuration: k, c or a target
-
-    @property
-    def name(self) -> str:
-        """A file name: topk_k10, standard_c0.5, gated_l10."""
-        symbol = {"k": "k", "sparsity_coefficient": "c", "target_l0": "l"}[self.option]
-        return f"{self.architecture}_{symbol}{self.sparsity:g}"
-
-    def head(self, hook_name: str, d_in: int, d_sae: int) -> SAEHeadConfig:
-        """Configuration of this cell's head on one site, checked.
-
-        Raises:
-            HeadConfigError: if no head can be made like this.
-        """
-        whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
-        sparsity = int(self.sparsity) if whole else self.sparsity
-        option = {self.option: sparsity}
-        config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **option)
-        with torch.device("meta"):
-            make_head(config)
-        return config
-
-
-Grid = dict[Cell, HeadBank]
-
-
-def _sparsity_option(architecture: str) -> str:
-    if architecture not in FAMILIES:
-        raise HeadConfigError(
-            f"Unknown architecture {architecture!r} among the fresh heads; choose from "
-            f"{', '.join(FAMILIES)}."
-        )
-    return FAMILIES[architecture].sparsity_option
-
-
-def train_fresh_heads(
-    model: SAERegGPT2LMHeadModel,
-    blocks: Dataset,
-    arguments: FreshHeadsArguments,
-    seed: int,
-    description: str,
-    on_half: Callable[[Grid], None] | None = None,
-) -> Grid:
-    """Train every cell of the grid on every site of a frozen model.
-
-    Args:
-        model: left as it is, but in evaluation mode.
-        blocks: training text, with `input_ids`.
-        arguments: grid and schedule.
-        seed: of initialisation and order.
-        description: of the progress bar.
-        on_half: is given the heads that half as many steps, with their own cooldown, lead to.
-
-    Returns:
-        Heads that read raw activations, by cell.
-    """
-    torch.manual_seed(seed)
-    model = model.eval()
-    batches = _endless_batches(blocks, arguments.fresh_batch_size, seed)
-    means, scales = _site_scaling(model, batches)
-    d_sae = arguments.d_sae_by_site(model.hook_names)
-    grid = {cell: _fresh_bank(cell, d_sae, means) for cell in arguments.cells()}
-    optimizer = torch.optim.Adam(
-        [parameter for bank in grid.values() for parameter in bank.parameters()],
-        lr=arguments.fresh_learning_rate,
-        fused=True,
-    )
-    steps, half = arguments.fresh_steps, arguments.fresh_steps // 2
-    fork = arguments.cooldown_start(half)
-    progress = tqdm(total=steps + half - fork, desc=description, dynamic_ncols=True)
-
-    def train(
-        grid: Grid, optimizer: torch.optim.Adam, batches: Iterator[Tensor], span: range, length: int
+    def run(
+        self,
+        trainings: Sequence[CellTraining],
+        description: str,
+        keep: Callable[[int], None] | None = None,
+        show_progress: bool = True,
     ) -> None:
-        for step, batch in zip(span, batches, strict=False):
-            factor = arguments.learning_rate_factor(step, length)
-            for group in optimizer.param_groups:
-                group["lr"] = arguments.fresh_learning_rate * factor
+        """Train to the end; cells that are ahead wait until the others have caught up.
+
+        Args:
+            trainings: new ones, or ones that were interrupted.
+            description: of the progress bar.
+            keep: called after every step, with the number of steps done.
+            show_progress: whether there is a progress bar.
+        """
+        first = min((training.whole.step for training in trainings), default=self.schedule.steps)
+        span = range(first, self.schedule.steps)
+        batches = _batches(
+            self.blocks, self.schedule.batch_size, self.seed, SCALING_BATCHES + first
+        )
+        progress = tqdm(
+            zip(span, batches, strict=False),
+            desc=description,
+            initial=first,
+            total=self.schedule.steps,
+            disable=not show_progress,
+            dynamic_ncols=True,
+        )
+        for step, batch in progress:
             activations = {
-                hook_name: x * scales[hook_name]
-                for hook_name, x in _activations(model, batch).items()
+                hook_name: x * self.scales[hook_name]
+                for hook_name, x in _activations(self.model, batch).items()
             }
-            _step(grid, optimizer, activations)
-            progress.update()
+            for training in trainings:
+                training.train(step, activations, self.schedule)
+            if keep is not None:
+                keep(step + 1)
 
-    with progress:
-        train(grid, optimizer, batches, range(fork), steps)
-        if on_half is not None:
-            upcoming = list(itertools.islice(batches, half - fork))
-            batches = itertools.chain(upcoming, batches)  # both see the same text
-            shorter, its_optimizer = copy.deepcopy((grid, optimizer))
-            train(shorter, its_optimizer, iter(upcoming), range(fork, half), half)
-            on_half(_folded(shorter, scales))
-        train(grid, optimizer, batches, range(fork, steps), steps)
-    return _folded(grid, scales)
+    def finished(self, training: CellTraining) -> FreshHeads:
+        """The heads of a cell that was trained to its end."""
+        return FreshHeads(self._folded(training.whole.bank), self._folded(training.half.bank))
+
+    def _folded(self, bank: HeadBank) -> HeadBank:
+        return HeadBank(head.folded(self.scales[head.config.hook_name]) for head in bank)
 
 
-def _step(grid: Grid, optimizer: torch.optim.Adam, activations: dict[str, Tensor]) -> None:
-    heads = [head for bank in grid.values() for head in bank]
-    every = [head.losses(activations[head.config.hook_name]) for head in heads]
-    totals = [losses.reconstruction + losses.sparsity + losses.auxiliary for losses in every]
-    optimizer.zero_grad()
-    torch.stack(totals).sum().backward()
-    optimizer.step()
-    for head, losses in zip(heads, every, strict=True):
-        head.observe(losses.statistics.fired, losses.statistics.tokens)
-
-
-def _endless_batches(blocks: Dataset, batch_size: int, seed: int) -> Iterator[Tensor]:
+def _batches(blocks: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Shuffled text without end, (batch, sequence), from batch `start` on."""
     generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        blocks, batch_size, shuffle=True, generator=generator, collate_fn=collate_blocks
-    )
-    while True:
-        for batch in loader:
-            yield batch["input_ids"]  # (batch, sequence)
+    sampler = BatchSampler(RandomSampler(blocks, generator=generator), batch_size, drop_last=False)
+    epochs = itertools.chain.from_iterable(itertools.repeat(sampler))  # each shuffles anew
+    for rows in itertools.islice(epochs, start, None):
+        yield collate_blocks([blocks[row] for row in rows])["input_ids"]
 
 
 @torch.no_grad()
@@ -269,33 +205,3 @@ def _activations(model: SAERegGPT2LMHeadModel, input_ids: Tensor) -> dict[str, T
     with model.reading(model.hook_names) as activations:
         model.transformer(input_ids.to(model.device), use_cache=False)
     return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}  # (tokens, d_in)
-
-
-def _site_scaling(
-    model: SAERegGPT2LMHeadModel, batches: Iterator[Tensor]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Mean of the scaled activations, and the scale that brings their mean norm to √d_in."""
-    seen = [_activations(model, next(batches)) for _ in range(SCALING_BATCHES)]
-    means, scales = {}, {}
-    for hook_name in model.hook_names:
-        x = torch.cat([activations[hook_name] for activations in seen])  # (tokens, d_in)
-        scales[hook_name] = (math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean()).item()
-        means[hook_name] = x.mean(dim=0) * scales[hook_name]
-    return means, scales
-
-
-def _fresh_bank(cell: Cell, d_sae: dict[str, int], means: dict[str, Tensor]) -> HeadBank:
-    bank = HeadBank(
-        make_head(cell.head(hook_name, len(mean), d_sae[hook_name]))
-        for hook_name, mean in means.items()
-    )
-    for hook_name, mean in means.items():
-        bank[hook_name].to(mean.device).b_dec.data.copy_(mean)
-    return bank
-
-
-def _folded(grid: Grid, scales: dict[str, float]) -> Grid:
-    return {
-        cell: HeadBank(head.folded(scales[head.config.hook_name]) for head in bank)
-        for cell, bank in grid.items()
-    }

@@ -4,7 +4,8 @@ Notable:
 - under gradient accumulation and data parallelism each micro-batch's term weighs as its share of
   the tokens, as CE does: what is a mean over tokens matches one large batch exactly, and the ratio
   R / ‖X‖ of the published term is taken per micro-batch and process
-- the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it
+- the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it; with
+  `eval_fidelity` the heads are scored spliced into the model, too
 - after each optimizer step the heads see what the tokens of all processes did: dead latents are
   counted and coefficients steered alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -36,6 +38,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_saereg import kernels
 from hf_saereg.errors import UserError
+from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_matches, check_savable
 from hf_saereg.heads.health import CENTRES, centre, resample
 from hf_saereg.meter import TermMeter
@@ -61,6 +64,7 @@ class SAERegArguments(TrainingArguments):
             first training rows' activations.
         b_dec_init_rows: how many rows.
         resample_every: steps after which dead latents get a new life; 0 for never.
+        eval_fidelity: at each evaluation, also splice the heads into the model and score them.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
 
@@ -89,6 +93,14 @@ class SAERegArguments(TrainingArguments):
     )
     resample_every: int = field(
         default=0, metadata={"help": "Steps after which dead latents start anew; 0: never."}
+    )
+
+    eval_fidelity: bool = field(
+        default=False,
+        metadata={
+            "help": "At each evaluation also score the heads spliced into the model: CE increase, "
+            "CE recovered and KL a site, compound; costs about four forward passes a site more."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -315,22 +327,41 @@ class SAERegTrainer(Trainer):
 
     def evaluation_loop(
         self,
+        dataloader: DataLoader,
         *args: Any,
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> EvalLoopOutput:
-        """Add the term's figures, and CE + term as `objective`, to the metrics.
+        """Add the term's figures, CE + term as `objective`, and fidelity, to the metrics.
 
         `loss` becomes the mean over predicted tokens, whatever the lengths of rows and batches.
         """
         self._eval_ce.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
         figures = self._eval_meter.read(self.accelerator)
+        if self.args.eval_fidelity and self.model.heads:
+            figures |= self._fidelity(dataloader)
         ce_sum, predicted = self.accelerator.reduce(self._eval_ce).tolist()
         figures["loss"] = ce_sum / predicted
         figures["objective"] = figures["loss"] + figures.get("term", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
         return output
+
+    def _fidelity(self, dataloader: DataLoader) -> dict[str, float]:
+        if isinstance(dataloader.dataset, IterableDataset):
+            raise UserError(
+                "eval_fidelity needs an eval_dataset with a length: a stream cannot be read twice."
+            )
+        # not the prepared loader, which repeats rows to give every process equally many
+        batches = DataLoader(
+            dataloader.dataset, self.args.eval_batch_size, collate_fn=dataloader.collate_fn
+        )
+        with self.compute_loss_context_manager():
+            base = baselines(self.model, batches, self.accelerator)
+            scores = fidelity(self.model, self.model.heads, batches, base, self.accelerator)
+        return scores.figures()
 
     def summary(self) -> dict[str, float]:
         """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.

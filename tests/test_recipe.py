@@ -91,9 +91,9 @@ def test_each_model_is_a_stock_checkpoint_with_its_heads_beside_it(finished, nam
 @pytest.mark.slow
 def test_fresh_heads_lie_in_folders_by_model_and_cell(finished):
     for name in ("plain", "regularized"):
-        folder = finished[0] / "run" / "fresh" / name
-        cells = {path.name for path in folder.iterdir() if path.is_dir()}
-        assert cells == {"topk_k2", "topk_k4", "standard_c1"}
+        folder = finished[0] / "run" / "fresh" / name / "saes"
+        cells = {path.name for path in folder.iterdir()}
+        assert cells == {f"{cell}_d32_s3" for cell in ("topk_k2", "topk_k4", "standard_c1")}
         for cell in cells:
             assert {path.name for path in (folder / cell / "saes").iterdir()} == set(SITES)
 
@@ -110,12 +110,14 @@ def test_results_have_the_documented_keys(finished):
         assert asked <= figures.keys() and all(figures[name] > 0 for name in asked)
     phases = {f"{phase}_{name}" for phase in ("train", "fresh", "fidelity") for name in NAMES}
     assert results["seconds"].keys() == phases
-    labels = {"model", "family", "source", "sparsity"}
-    increases = {"ce_increase", "ce_increase_at_half"}
+    labels = {"model", "family", "source", "sparsity", "d_sae", "seed"}
+    ce = {"ce", "clean_ce", "mean_ablated_ce", "zero_ablated_ce", "kl", "ce_increase"}
+    ce |= {"ce_recovered", "ce_recovered_from_zero", "ce_increase_at_half"}
+    of_a_site = {"l0", "fvu", "explained_variance", "dead_fraction", "x_norm", "density_histogram"}
     for row in results["rows"]:
-        assert row.keys() == {*labels, *increases, "site", "l0", "fvu", "dead_fraction"}
+        assert row.keys() == {*labels, *ce, *of_a_site, "site"}
     for row in results["compound"]:
-        assert row.keys() == {*labels, *increases, "sum_l0"}
+        assert row.keys() == {*labels, *ce, "sum_l0"}
     fresh = {("topk", "fresh", 2), ("topk", "fresh", 4), ("standard", "fresh", 1.0)}
     expected = {("plain", *cell) for cell in fresh} | {("regularized", *cell) for cell in fresh}
     expected |= {("regularized", "standard", "cotrained", 0.01)}

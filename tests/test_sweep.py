@@ -1,11 +1,16 @@
+"""Fresh heads: what trains them, what they depend on, and how an interrupted cell goes on."""
+
 import math
+from itertools import islice
 
 import pytest
 import torch
 from datasets import Dataset
 
 from hf_saereg.errors import UserError
-from hf_saereg.sweep import Cell, FreshHeadsArguments, train_fresh_heads
+from hf_saereg.grid import Cell, FreshHeadsArguments, Schedule
+from hf_saereg.sweep import SharedTraining, _batches
+from hf_saereg.sweep_state import SweepStateError, load_state, save_state
 
 TINY = {
     "fresh_k": [3, 6],
@@ -17,7 +22,14 @@ TINY = {
     "fresh_warmup_steps": 5,
 }
 UNTRAINED = {"fresh_steps": 1, "fresh_learning_rate": 1e-30}
-CELLS = [Cell("topk", 3, "k"), Cell("topk", 6, "k"), Cell("standard", 0.2, "sparsity_coefficient")]
+
+
+def cells(seed=0):
+    return [
+        Cell("topk", 3, "k", (32,), seed),
+        Cell("topk", 6, "k", (32,), seed),
+        Cell("standard", 0.2, "sparsity_coefficient", (32,), seed),
+    ]
 
 
 @pytest.fixture
@@ -29,9 +41,17 @@ def blocks():
 
 @pytest.fixture
 def train(plain_model, blocks):
-    def call(seed=0, on_half=None, **options):
+    """Trains a grid; whole heads by cell, and half-trained ones too where `halves` is a dict."""
+
+    def call(seed=0, halves=None, **options):
         arguments = FreshHeadsArguments(**{**TINY, **options})
-        return train_fresh_heads(plain_model, blocks, arguments, seed, "test", on_half)
+        shared = SharedTraining.of(plain_model, blocks, arguments.schedule, seed)
+        trainings = [shared.start(cell) for cell in arguments.cells(seed)]
+        shared.run(trainings, "test", show_progress=False)
+        finished = {training.cell: shared.finished(training) for training in trainings}
+        if halves is not None:
+            halves |= {cell: heads.half for cell, heads in finished.items()}
+        return {cell: heads.whole for cell, heads in finished.items()}
 
     return call
 
@@ -54,7 +74,7 @@ def tensors(grid):
 
 def test_every_cell_gets_a_head_on_every_site(train, plain_model):
     grid = train(**UNTRAINED)
-    assert list(grid) == CELLS
+    assert list(grid) == cells()
     for cell, bank in grid.items():
         assert bank.hook_names == plain_model.hook_names
         for config in bank.configs:
@@ -89,7 +109,7 @@ def test_heads_read_raw_activations(train, activations):
 
 
 def test_trained_heads_explain_raw_activations_but_not_scaled_ones(train, activations):
-    for head in train()[Cell("topk", 6, "k")]:
+    for head in train()[cells()[1]]:
         x = activations[head.config.hook_name]
         scale = math.sqrt(16) / x.norm(dim=-1).mean().item()
         assert head.losses(x).statistics.fvu < 0.4
@@ -102,7 +122,8 @@ def test_same_seed_gives_the_same_heads_whatever_was_drawn_before(train):
     second = tensors(train(seed=5, fresh_steps=4))
     other = tensors(train(seed=6, fresh_steps=4))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    pairs = zip(first.values(), other.values(), strict=True)
+    assert not any(torch.equal(tensor, another) for tensor, another in pairs)
 
 
 def test_model_is_left_byte_for_byte_as_it_was(train, plain_model):
@@ -126,27 +147,144 @@ def test_dropout_of_the_model_is_off_while_heads_read_it(train, plain_model):
 
 
 def test_heads_at_half_time_are_copies_between_start_and_end(train):
-    halves = []
-    final = tensors(train(on_half=halves.append, fresh_steps=20))
-    (half,) = map(tensors, halves)
-    start = tensors(train(**UNTRAINED))
+    halves = {}
+    final = tensors(train(halves=halves, fresh_steps=20))
+    half, start = tensors(halves), tensors(train(**UNTRAINED))
     assert half.keys() == final.keys()
     for name in (name for name in final if name.endswith("W_dec")):
         assert not torch.equal(half[name], final[name])
         assert not torch.allclose(half[name], start[name])
 
 
-def test_watching_the_half_changes_nothing(train):
-    unwatched, watched = train(fresh_steps=6), train(fresh_steps=6, on_half=lambda grid: None)
-    theirs = tensors(unwatched)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors(watched).items())
+def test_heads_at_half_time_are_those_of_a_training_half_as_long(train):
+    halves = {}
+    train(halves=halves, fresh_steps=20)
+    shorter = tensors(train(fresh_steps=10))
+    assert all(torch.equal(t, shorter[name]) for name, t in tensors(halves).items())
+
+
+def test_a_cell_does_not_depend_on_the_cells_beside_it(train):
+    together = tensors(train(fresh_steps=6))
+    alone = tensors(train(fresh_steps=6, fresh_architectures=["standard"]))
+    assert alone and all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
+
+
+def test_batches_from_the_middle_on_are_the_same(blocks):
+    whole = list(islice(_batches(blocks, 3, seed=2), 11))
+    rest = list(islice(_batches(blocks, 3, seed=2, start=4), 7))
+    assert [len(batch) for batch in whole[:3]] == [3, 3, 2]  # an epoch
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+    assert not torch.equal(whole[0], whole[3])
+
+
+# ---- interrupted ----
+
+
+@pytest.fixture
+def shared(plain_model, blocks):
+    schedule = FreshHeadsArguments(**TINY | {"fresh_steps": 16}).schedule  # forks at 4, half is 8
+    assert (schedule.fork, schedule.half) == (4, 8)
+    return SharedTraining.of(plain_model, blocks, schedule, 0)
+
+
+class StopError(RuntimeError):
+    pass
+
+
+def stop_at(*steps):
+    def keep(step):
+        if step in steps:
+            raise StopError
+
+    return keep
+
+
+def everything(shared, training):
+    heads = shared.finished(training)
+    return tensors({training.cell: heads.whole}), tensors({training.cell: heads.half})
+
+
+INTERRUPTED = [
+    Cell("topk", 3, "k", (32,), 1),
+    Cell("standard", 4, "target_l0", (24,), 0),
+    Cell("batchtopk", 5, "k", (32,), 2),
+]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 3, 4, 6, 8, 12, 16])
+def test_a_kept_cell_ends_as_one_that_was_never_interrupted(shared, tmp_path, stopped_at):
+    """Before, at, and after the fork and the end of the shorter training."""
+    uninterrupted = [shared.start(cell) for cell in INTERRUPTED]
+    shared.run(uninterrupted, "test", show_progress=False)
+    broken = [shared.start(cell) for cell in INTERRUPTED]
+    if stopped_at:
+        with pytest.raises(StopError):
+            shared.run(broken, "test", stop_at(stopped_at), show_progress=False)
+    for number, training in enumerate(broken):
+        save_state(training, tmp_path / f"{number}.safetensors")
+    torch.rand(3)
+    resumed = [shared.start(cell) for cell in INTERRUPTED]
+    for number, training in enumerate(resumed):
+        load_state(training, tmp_path / f"{number}.safetensors", shared.schedule.half)
+        assert training.whole.step == stopped_at
+    shared.run(resumed, "test", show_progress=False)
+    for ours, theirs in zip(resumed, uninterrupted, strict=True):
+        for found, expected in zip(
+            everything(shared, ours), everything(shared, theirs), strict=True
+        ):
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        for ours_head, their_head in zip(ours.whole.bank, theirs.whole.bank, strict=True):
+            for name, buffer in ours_head.named_buffers():
+                assert torch.equal(buffer, their_head.get_buffer(name)), name
+
+
+def test_cells_that_are_ahead_wait_for_the_others(shared):
+    ahead, behind = shared.start(INTERRUPTED[0]), shared.start(INTERRUPTED[1])
+    with pytest.raises(StopError):
+        shared.run([ahead], "test", stop_at(9), show_progress=False)
+    with pytest.raises(StopError):
+        shared.run([behind], "test", stop_at(5), show_progress=False)
+    shared.run([ahead, behind], "test", show_progress=False)
+    for training in (ahead, behind):
+        alone = shared.start(training.cell)
+        shared.run([alone], "test", show_progress=False)
+        expected = everything(shared, alone)[0]
+        found = everything(shared, training)[0]
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_moments_are_needed_to_go_on(shared, tmp_path):
+    """Otherwise the test above would not notice their loss."""
+    whole, resumed = (shared.start(INTERRUPTED[0]) for _ in range(2))
+    with pytest.raises(StopError):
+        shared.run([resumed], "test", stop_at(6), show_progress=False)
+    resumed.whole.optimizer.state.clear()
+    shared.run([resumed], "test", show_progress=False)
+    shared.run([whole], "test", show_progress=False)
+    ours, theirs = everything(shared, resumed)[0], everything(shared, whole)[0]
+    assert not any(torch.equal(ours[name], theirs[name]) for name in ours if "W_dec" in name)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other heads"])
+def test_a_kept_cell_that_cannot_be_used_is_named(shared, tmp_path, damage):
+    path = tmp_path / "cell.safetensors"
+    save_state(shared.start(INTERRUPTED[1 if damage == "other heads" else 0]), path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SweepStateError, match=r"cell\.safetensors cannot .* delete it") as caught:
+        load_state(shared.start(INTERRUPTED[0]), path, shared.schedule.half)
+    assert "\n" not in str(caught.value)
+
+
+# ---- the grid ----
 
 
 @pytest.mark.parametrize(
     ("cell", "name"),
     [
-        (Cell("topk", 10, "k"), "topk_k10"),
-        (Cell("standard", 0.5, "sparsity_coefficient"), "standard_c0.5"),
+        (Cell("topk", 10, "k", (512,), 0), "topk_k10_d512_s0"),
+        (Cell("standard", 0.5, "sparsity_coefficient", (8, 16), 3), "standard_c0.5_d8-16_s3"),
+        (Cell("gated", 10.0, "target_l0", (512,), 1), "gated_l10_d512_s1"),
     ],
 )
 def test_name_of_a_cell_says_what_it_is(cell, name):
@@ -178,3 +316,14 @@ def test_bad_option_is_named_in_one_sentence(options, culprit):
         FreshHeadsArguments(**{**TINY, **options})
     assert culprit in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sparsity_that_is_no_whole_number_is_none_for_topk():
+    with pytest.raises(UserError, match="whole number"):
+        Cell("topk", 2.5, "k", (32,), 0).check()
+
+
+def test_learning_rate_rises_stays_and_falls():
+    schedule = Schedule(steps=10, batch_size=1, learning_rate=2.0, cooldown=0.4, warmup_steps=2)
+    rates = [schedule.learning_rate_at(step, 10) for step in range(10)]
+    assert rates == pytest.approx([1, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4])

@@ -6,7 +6,25 @@ Notable:
 
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
+
+# bins of a density histogram: half a decade each, what is rarer counts in the first
+LOG10_DENSITY_EDGES = tuple(-6 + i / 2 for i in range(13))
+
+
+class DensityHistogram(NamedTuple):
+    """How often latents fire: numbers of latents by the share of tokens on which they do.
+
+    Attributes:
+        log10_edges: of the bins, the upper one included; latents below the first are in its bin.
+        counts: latents in each bin, one fewer than edges.
+        never: latents that fired on no token.
+    """
+
+    log10_edges: list[float]
+    counts: list[int]
+    never: int
 
 
 class SiteStatistics(NamedTuple):
@@ -28,9 +46,27 @@ class SiteStatistics(NamedTuple):
     x_norm: Tensor
     fired: Tensor
 
+    @classmethod
+    def of_nothing(cls, d_in: int, d_sae: int, device: torch.device) -> Self:
+        """Statistics of no token: what others are merged into."""
+        number = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        x_sum = torch.zeros(d_in, dtype=torch.float64, device=device)
+        fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        return cls(number, total, x_sum, total, total, fired)
+
     def merged(self, other: Self) -> Self:
         """Statistics of the tokens of both."""
         return type(self)(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def figures(self) -> dict[str, float]:
+        """What is logged of a site, by name."""
+        return {
+            "l0": self.l0,
+            "fvu": self.fvu,
+            "dead_fraction": self.dead_fraction,
+            "x_norm": self.mean_norm,
+        }
 
     @property
     def l0(self) -> float:
@@ -42,6 +78,24 @@ class SiteStatistics(NamedTuple):
         """Fraction of variance unexplained; predicting the mean of x scores exactly 1."""
         variance = self.x_square - self.x_sum.square().sum() / self.tokens
         return (self.squared_error / variance).item()
+
+    @property
+    def explained_variance(self) -> float:
+        """1 − FVU; predicting the mean of x scores exactly 0."""
+        return 1 - self.fvu
+
+    @property
+    def densities(self) -> Tensor:
+        """(d_sae,) share of the tokens on which each latent was active."""
+        return self.fired.double() / self.tokens
+
+    def density_histogram(self) -> DensityHistogram:
+        """Latents by density, in bins of half a decade."""
+        alive = self.densities[self.fired > 0].log10()
+        inner = torch.tensor(LOG10_DENSITY_EDGES[1:-1], dtype=alive.dtype, device=alive.device)
+        counts = torch.bincount(torch.bucketize(alive, inner), minlength=len(inner) + 1)
+        never = int((self.fired == 0).sum())
+        return DensityHistogram(list(LOG10_DENSITY_EDGES), counts.tolist(), never)
 
     @property
     def dead_fraction(self) -> float:

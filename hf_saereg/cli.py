@@ -1,0 +1,96 @@
+"""`saereg`: what comes after training, as commands.
+
+    saereg sweep MODEL --dataset TEXT …     fresh SAEs on a model, scored
+    saereg report RUN… --output_dir OUT     what sweeps found, as a page
+
+Notable:
+- the first words are a command's subject, all others are its options, also from `--config FILE`
+- under `accelerate launch`: `accelerate launch … -m hf_saereg.cli sweep MODEL …`
+- a command's module is imported when it is called
+"""
+
+import difflib
+import itertools
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from hf_saereg.errors import UserError, one_sentence_errors
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        module: with `main(words)`.
+        subject: option that the first words are the values of.
+        usage: how to call it.
+        purpose: in one line.
+    """
+
+    module: str
+    subject: str
+    usage: str
+    purpose: str
+
+
+COMMANDS = {
+    "sweep": Command(
+        "hf_saereg.commands.sweep",
+        "model",
+        "MODEL --dataset TEXT --output_dir DIR",
+        "train fresh SAEs on every site of a GPT-2 and score them",
+    ),
+    "report": Command(
+        "hf_saereg.commands.report",
+        "runs",
+        "RUN… --output_dir OUT",
+        "write what runs found as a page to open",
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command that the words name.
+
+    Args:
+        words: a command line without the program; that of this program by default.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return
+    with one_sentence_errors():
+        name, *rest = words
+        if name not in COMMANDS:
+            nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"There is no command {name!r}; did you mean {nearest!r}? `saereg --help` lists "
+                "them all."
+            )
+        command = COMMANDS[name]
+        import_module(command.module).main(with_subject(command.subject, rest))
+
+
+def with_subject(option: str, words: Sequence[str]) -> list[str]:
+    """The words with those before the first option as that option's values.
+
+    Args:
+        option: its name.
+        words: after the command.
+    """
+    subject = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    return [f"--{option}", *subject, *words[len(subject) :]] if subject else list(words)
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    lines = ["usage: saereg COMMAND …", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  saereg {name} {command.usage}", f"      {command.purpose}"]
+    return "\n".join([*lines, "", "`saereg COMMAND --help` lists a command's options."])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module a command of `saereg`: its options, and `main(words)`."""
