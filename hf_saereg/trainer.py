@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -40,6 +39,7 @@ from hf_saereg.heads.folder import check_matches
 from hf_saereg.heads.health import CENTRES, centre, resample
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
+from hf_saereg.publishing import PublishingTrainer, check_strategy
 from hf_saereg.run_folder import write_json
 
 SESSION_FILE = "saereg_session.json"
@@ -64,7 +64,8 @@ class SAERegArguments(TrainingArguments):
         report_to: TensorBoard unless said otherwise.
 
     Raises:
-        UserError: if there is no such kernel or centre, or a number cannot be.
+        UserError: if there is no such kernel or centre, a number cannot be, or `hub_strategy`
+            publishes optimizer state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -99,6 +100,7 @@ class SAERegArguments(TrainingArguments):
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()
+        check_strategy(self.hub_strategy)
 
     @property
     def resumes(self) -> bool:
@@ -116,7 +118,7 @@ class SAERegArguments(TrainingArguments):
         return answer == "true"
 
 
-class SAERegTrainer(Trainer):
+class SAERegTrainer(PublishingTrainer):
     """Trains a `SAERegGPT2LMHeadModel` on CE + term; without heads, on CE alone.
 
     Args:
