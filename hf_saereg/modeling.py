@@ -12,23 +12,25 @@ Notable:
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
+from hf_saereg.checkpoint import CheckpointError, find_checkpoint
 from hf_saereg.configuration import gpt2_hook_names
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import (
-    HEADS_FOLDER,
     HeadFolderError,
     check_matches,
     check_savable,
@@ -36,10 +38,9 @@ from hf_saereg.heads.folder import (
     save_heads,
     saved_hook_names,
 )
+from hf_saereg.hub import HUB_OPTIONS, PushArguments, push
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
 from hf_saereg.splicing import Splice
-
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 # (batch, sequence, d_in) → what the stream continues with; None leaves it as it is
 SiteFunction = Callable[[Tensor], Tensor | None]
@@ -245,20 +246,19 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             save_directory: folder; created if absent.
             is_main_process: only the main process writes.
             state_dict: full state dictionary of this model, where it was gathered from shards.
-            push_to_hub: not supported here.
+            push_to_hub: publish the folder afterwards, as `repo_id`, by default its own name.
             head_metadata: goes into every head's metadata: `dataset_path`, `model_name`, …
-            **kwargs: as `PreTrainedModel.save_pretrained` takes them.
+            **kwargs: as `PreTrainedModel.save_pretrained` takes them; with `push_to_hub` also those
+                of `PushArguments`.
 
         Raises:
             HeadConfigError: if a head has no form on disk.
-            NotImplementedError: for `push_to_hub`, which would upload the language model alone.
+            HubError: with `push_to_hub`, if the Hub cannot be reached or refuses.
         """
-        if push_to_hub:
-            raise NotImplementedError(
-                "Save to a folder first, then upload it with huggingface_hub's upload_folder: "
-                "push_to_hub=True would leave the heads behind."
-            )
         check_savable(self.heads)  # or the language model would be written and its heads lost
+        repo_id = kwargs.pop("repo_id", Path(save_directory).absolute().name)
+        options = [option.name for option in fields(PushArguments)] if push_to_hub else []
+        options = {name: kwargs.pop(name) for name in options if name in kwargs}
         if state_dict is not None:
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("heads.")}
         self.plain_view().save_pretrained(
@@ -267,6 +267,34 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         if is_main_process:
             metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
             save_heads(self.heads, Path(save_directory), metadata)
+            if push_to_hub:
+                push(save_directory, repo_id, PushArguments(**options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        head_metadata: dict[str, Any] | None = None,
+        max_shard_size: int | str = "50GB",
+        **options: Any,
+    ) -> CommitInfo:
+        """Publish the language model as a plain GPT-2, and its heads.
+
+        Args:
+            repo_id: `user/name`, or `name` in one's own namespace; made if it does not exist.
+            head_metadata: as `save_pretrained` takes it.
+            max_shard_size: larger weights are cut into files of this size.
+            **options: as `PushArguments` has them: `private`, `revision`, `commit_message`, …
+
+        Returns:
+            The commit; as text its address.
+
+        Raises:
+            HubError: if the Hub cannot be reached or refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, head_metadata=head_metadata, max_shard_size=max_shard_size)
+            return push(folder, repo_id, PushArguments(**options))
 
     @classmethod
     def from_pretrained(
@@ -274,6 +302,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         pretrained_model_name_or_path: str | Path,
         *model_args: Any,
         heads: Sequence[SAEHeadConfig] | None = None,
+        hook_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> "SAERegGPT2LMHeadModel | tuple[SAERegGPT2LMHeadModel, dict[str, Any]]":
         """Load any GPT-2 checkpoint, with its heads if it has some.
@@ -283,36 +312,69 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             *model_args: as `PreTrainedModel.from_pretrained` takes them.
             heads: attach fresh heads like these where none are saved; where some are, they must be
                 like these.
+            hook_names: load the saved heads on these sites only; of a repository no others are
+                downloaded.
             **kwargs: as `PreTrainedModel.from_pretrained` takes them.
 
         Returns:
             The model, with `output_loading_info=True` a pair as `transformers` returns it.
 
         Raises:
-            HeadFolderError: if saved heads are damaged, or not what `heads` describes.
+            CheckpointError: if it is no GPT-2 in safetensors, or a weight is not finite.
+            HeadFolderError: if saved heads are missing, damaged, or not what `heads` describes.
             HeadConfigError: if heads do not fit the model.
+            HubError: if the Hub cannot be reached, refuses, or has no such repository or revision.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        name = pretrained_model_name_or_path
+        options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+        subfolder = kwargs.pop("subfolder", "")
+        checkpoint = find_checkpoint(name, subfolder, hook_names, **options)
+        kwargs["use_safetensors"] = True
+        try:
+            loaded = super().from_pretrained(checkpoint, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights of {name} (model.safetensors) are damaged ({error}); fetch or save "
+                "them again."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        checkpoint = _checkpoint_folder(pretrained_model_name_or_path, kwargs)
-        if saved_hook_names(checkpoint):
-            model.load_heads(checkpoint, expected=heads)
+        model.config.name_or_path = model.name_or_path = str(name)
+        model._check_finite(name)
+        if saved_hook_names(checkpoint) if hook_names is None else hook_names:
+            model.load_heads(checkpoint, heads, hook_names)
         elif heads is not None:
             model.attach_heads(heads)
         return loaded
 
-    def load_heads(self, checkpoint: Path, expected: Sequence[SAEHeadConfig] | None = None) -> None:
+    def _check_finite(self, name: str | Path) -> None:
+        for parameter_name, parameter in self.named_parameters():
+            if not parameter.is_meta and not parameter.isfinite().all():
+                raise CheckpointError(
+                    f"The weights of {name} have NaN or infinity in {parameter_name}; "
+                    "load another checkpoint."
+                )
+
+    def load_heads(
+        self,
+        checkpoint: Path,
+        expected: Sequence[SAEHeadConfig] | None = None,
+        hook_names: Sequence[str] | None = None,
+    ) -> None:
         """Put the heads saved in a checkpoint on the stream, in place of those that were there.
 
         Args:
             checkpoint: folder that holds `saes/`.
             expected: what the saved heads must be like.
+            hook_names: load those on these sites only.
 
         Raises:
-            HeadFolderError: if a folder is damaged, or the heads are not what is expected.
+            HeadFolderError: if a folder is missing or damaged, or the heads are not what is
+                expected.
             HeadConfigError: if a head does not fit this model.
         """
-        loaded = [load_head(checkpoint, hook_name) for hook_name in saved_hook_names(checkpoint)]
+        if hook_names is None:
+            hook_names = saved_hook_names(checkpoint)
+        loaded = [load_head(checkpoint, hook_name) for hook_name in hook_names]
         if expected is not None:
             check_matches([head.config for head in loaded], expected)
         order = {hook_name: i for i, hook_name in enumerate(self.hook_names)}
@@ -352,16 +414,6 @@ def _without_checkpointing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for block in checkpointed:
             block.gradient_checkpointing = True
-
-
-def _checkpoint_folder(name_or_path: str | Path, options: dict[str, Any]) -> Path:
-    """Folder of the checkpoint; from the Hub only its heads are fetched."""
-    folder, subfolder = Path(name_or_path), Path(options.get("subfolder", ""))
-    if not folder.is_dir():
-        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        pattern = (subfolder / HEADS_FOLDER / "*").as_posix()
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[pattern], **hub_options))
-    return folder / subfolder
 
 
 __all__ = ["HeadFolderError", "SAERegGPT2LMHeadModel", "SAERegOutput", "SiteFunction"]

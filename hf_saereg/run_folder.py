@@ -22,8 +22,13 @@ from hf_saereg.errors import UserError
 
 RUN_FILE = "run.json"
 PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numba")
-# what may differ between a run and its continuation: how it is watched, not what it computes
-CONTINUATION_OPTIONS = {"resume_from_checkpoint", "disable_tqdm", "logging_dir"}
+# what may differ between a run and its continuation: how it is watched and published, not what it
+# computes
+CONTINUATION_OPTIONS = {
+    *("resume_from_checkpoint", "disable_tqdm", "logging_dir"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
+    *("hub_private_repo", "hub_always_push", "hub_revision"),
+}
 
 
 class RunFolderError(UserError):

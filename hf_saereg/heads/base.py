@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hf_saereg import kernels
+from hf_saereg.checkpoint import find_heads
 from hf_saereg.heads.auxk import auxk_loss
 from hf_saereg.heads.config import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.controller import FIRST_COEFFICIENT, steer
@@ -92,6 +94,36 @@ class SAEHead(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         for name, tensor in self.initial_training_state().items():
             self.register_buffer(name, tensor)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, hook_name: str, subfolder: str = "", **options: Any
+    ) -> Self:
+        """One head of a saved model, without the model.
+
+        Args:
+            name_or_path: a checkpoint's folder, or a repository on the Hub.
+            hook_name: the head's site; of a repository no other head is downloaded.
+            subfolder: of either.
+            **options: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`.
+
+        Returns:
+            A head of the family that was saved, in evaluation mode.
+
+        Raises:
+            UserError: if the head is missing, damaged or of another family than this class, or the
+                Hub cannot be reached.
+        """
+        from hf_saereg.heads.folder import load_head  # it knows every family, so it imports us
+
+        folder = find_heads(name_or_path, subfolder, [hook_name], **options)
+        head = load_head(folder, hook_name)
+        if not isinstance(head, cls):
+            raise HeadConfigError(
+                f"The head on {hook_name} in {name_or_path} is a {head.architecture} head; load it "
+                f"with SAEHead.from_pretrained, not {cls.__name__}'s."
+            )
+        return head.eval()
 
     def initial_training_state(self) -> dict[str, Tensor]:
         """What training keeps beside the weights, as it is before the first step.

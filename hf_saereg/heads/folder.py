@@ -10,7 +10,6 @@ Notable:
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -22,16 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_saereg.checkpoint import check_hook_name
 from hf_saereg.errors import UserError
 from hf_saereg.heads import make_head
 from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
+from hf_saereg.layout import (
+    CONFIG_FILE,
+    HEADS_FOLDER,
+    HOOK_NAME,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    is_local_path,
+)
 
-HEADS_FOLDER = "saes"
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-TRAINING_FILE = "training_state.safetensors"
 FORMAT_VERSION = 1
-HOOK_NAME = re.compile(r"blocks\.\d+\.hook_resid_(pre|post)")
 
 # what SAELens's own fields say of a head; the rest of its configuration is ours
 SAELENS_FIELDS = ("d_in", "d_sae")
@@ -75,11 +78,13 @@ def save_heads(
     Args:
         heads: heads on different sites.
         checkpoint: folder of the model's checkpoint; created if absent.
-        metadata: about the model and its text, for every head: `model_name`, `context_size`, …
+        metadata: about the model and its text, for every head: `model_name`, `context_size`, …;
+            of a path only the last name is kept.
     """
     heads = list(heads)
+    metadata = {name: _without_folder(value) for name, value in (metadata or {}).items()}
     # a head that has no form on disk is refused before anything is replaced
-    configs = [_to_saelens(head, metadata or {}) for head in heads]
+    configs = [_to_saelens(head, metadata) for head in heads]
     stale = set(saved_hook_names(checkpoint)) - {head.config.hook_name for head in heads}
     for hook_name in filter(HOOK_NAME.fullmatch, stale):
         shutil.rmtree(checkpoint / HEADS_FOLDER / hook_name)
@@ -92,6 +97,10 @@ def save_heads(
         if rest := _not_held(head.state_dict(), weights):
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+
+def _without_folder(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
 
 
 def _not_held(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,14 +127,10 @@ def load_head(checkpoint: Path, hook_name: str) -> SAEHead:
         hook_name: the head's site.
 
     Raises:
-        HeadFolderError: if the name is no residual-stream site, a file is missing or damaged, or
-            name and contents disagree.
+        CheckpointError: if the name is no residual-stream site.
+        HeadFolderError: if a file is missing or damaged, or name and contents disagree.
     """
-    if not HOOK_NAME.fullmatch(hook_name):
-        raise HeadFolderError(
-            f"{hook_name!r} in {checkpoint / HEADS_FOLDER} is no hook name of a residual stream "
-            "(blocks.N.hook_resid_pre or blocks.N.hook_resid_post); refusing to load it."
-        )
+    check_hook_name(hook_name, checkpoint / HEADS_FOLDER)
     folder = checkpoint / HEADS_FOLDER / hook_name
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -1,0 +1,164 @@
+"""The files of a checkpoint by name, and which of them may be published.
+
+Notable:
+- what is published is an allow-list of names: no pickle, optimizer state or run record is on it
+- a file that names a folder of this machine or holds an access token is refused, and so are weights
+  with NaN
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hf_saereg.errors import UserError
+
+HEADS_FOLDER = "saes"
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINING_FILE = "training_state.safetensors"
+HEAD_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE)
+HOOK_NAME = re.compile(r"blocks\.\d+\.hook_resid_(pre|post)")
+
+MODEL_CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CARD = "README.md"
+FIGURES = "figures"
+MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PUBLISHED = (
+    MODEL_CONFIG,
+    GENERATION_CONFIG,
+    *MODEL_WEIGHTS,
+    ADAPTER_CONFIG,
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    CARD,
+    "LICENSE",
+)
+# of the files in JSON these may hold a path; the others are vocabulary
+CONFIGURATIONS = (MODEL_CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG)
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+
+class PublishingError(UserError):
+    """A folder may not be published; the message says why."""
+
+
+def published_files(folder: Path) -> list[str]:
+    """What may be published, sorted: names with forward slashes, relative to the folder.
+
+    Args:
+        folder: of a checkpoint; need not exist.
+    """
+    patterns = ("*", f"{HEADS_FOLDER}/*/*", f"{FIGURES}/*")
+    names = [
+        path.relative_to(folder).as_posix()
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if path.is_file()
+    ]
+    return sorted(filter(is_published, names))
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of this name, relative to its checkpoint, is on the allow-list."""
+    match name.split("/"):
+        case [file]:
+            return any(fnmatchcase(file, pattern) for pattern in PUBLISHED)
+        case [top, file]:
+            return top == FIGURES and file.endswith(".png")
+        case [top, hook_name, file]:
+            is_head = HOOK_NAME.fullmatch(hook_name) is not None
+            return top == HEADS_FOLDER and is_head and file in HEAD_FILES
+    return False
+
+
+def check_publishable(folder: Path, names: Sequence[str], token: str | None = None) -> None:
+    """Check what is about to be published.
+
+    Args:
+        folder: of a checkpoint.
+        names: of the files, from `published_files`.
+        token: must not be in any of them.
+
+    Raises:
+        PublishingError: if there is no model or adapter, a file is damaged, weights are not finite,
+            or a text holds a token or a path of this machine.
+    """
+    if not {MODEL_CONFIG, ADAPTER_CONFIG} & set(names):
+        raise PublishingError(
+            f"{folder} holds no checkpoint ({MODEL_CONFIG} and model.safetensors); name the folder "
+            "that a model was saved to."
+        )
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise PublishingError(
+            f"{folder} has no weights in safetensors; save the model there first."
+        )
+    for name in names:
+        path = folder / name
+        if name.endswith(".safetensors"):
+            _check_finite(path)
+        elif path.name == CONFIG_FILE or name in (*CONFIGURATIONS, CARD):
+            _check_text(path, token)
+
+
+def _check_finite(path: Path) -> None:
+    try:
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if not tensors.get_tensor(name).isfinite().all():
+                    raise PublishingError(
+                        f"{path} has NaN or infinity in {name}; only sound weights are published."
+                    )
+    except SafetensorError as error:
+        raise PublishingError(f"{path} is damaged ({error}); save the model again.") from error
+
+
+def _check_text(path: Path, token: str | None) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = _home_or_here(text) if path.name == CARD else local_paths(json.loads(text))
+    except ValueError as error:
+        raise PublishingError(f"{path} is damaged ({error}); save the model again.") from error
+    if TOKEN.search(text) or (token and token in text):
+        raise PublishingError(f"{path} holds an access token; take it out before publishing.")
+    for local in found:
+        raise PublishingError(
+            f"{path} names {local!r}, a path of this machine; put a name in its place that others "
+            "can use."
+        )
+
+
+def _home_or_here(text: str) -> list[str]:
+    folders = {str(Path.home()), str(Path.cwd())} - {"/"}
+    return [folder for folder in folders if re.search(rf"{re.escape(folder)}\b", text)]
+
+
+def local_paths(content: Any) -> Iterator[str]:
+    """The absolute paths among the values of something read from JSON."""
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from local_paths(value)
+    elif isinstance(content, str) and is_local_path(content):
+        yield content
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text is an absolute path; `/s`, a token of some vocabularies, is none."""
+    return any(
+        path.is_absolute() and len(path.parts) > 2
+        for path in (PurePosixPath(text), PureWindowsPath(text))
+    )

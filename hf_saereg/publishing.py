@@ -1,0 +1,143 @@
+"""A `Trainer` that publishes what `hf_saereg.hub` allows, and nothing else.
+
+Notable:
+- the repository is made before the first step, so that a refusal shows before any long work
+- `every_save` pushes a copy of the checkpoint in the background: a failure there is logged, the
+  training goes on, and the push at the end brings what is missing
+- a push at the end saves first; if it fails, the folder can be pushed again
+"""
+
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from hf_saereg.errors import UserError
+from hf_saereg.hub import PushArguments, make_repository, push
+from hf_saereg.layout import published_files
+
+logger = logging.getLogger(__name__)
+
+STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
+
+
+def check_strategy(strategy: HubStrategy) -> None:
+    """Check that a hub strategy publishes no optimizer state.
+
+    Raises:
+        UserError: if it does.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(
+            f"hub_strategy {strategy.value!r} would publish optimizer and random state, which are "
+            "pickles; choose end or every_save."
+        )
+
+
+class PublishingTrainer(Trainer):
+    """Overrides every way in which `Trainer` pushes to the Hub."""
+
+    _pushing: Future | None = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository unless it is there, on the main process alone.
+
+        Args:
+            token: in place of that of the arguments.
+            private: likewise.
+
+        Raises:
+            HubError: if the Hub cannot be reached or refuses.
+        """
+        if not self.is_world_process_zero():
+            return
+        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        arguments = self._push_arguments("", token=token, private=private)
+        self.hub_model_id = make_repository(repo, arguments)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | Future | None:
+        """Save model, heads, tokenizer and card to the output folder, and publish them.
+
+        Every process must call it; the main one pushes.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to wait until all is published.
+            token: in place of that of the arguments.
+            revision: branch, in place of that of the arguments.
+            private: in place of that of the arguments; of a new repository.
+
+        Returns:
+            The commit, or a future of it where it is not waited for; None on other processes.
+
+        Raises:
+            HubError: if the Hub cannot be reached or refuses.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        arguments = self._push_arguments(
+            commit_message, token=token, revision=revision, private=private
+        )
+        job = (push, self.args.output_dir, self.hub_model_id, arguments)
+        return job[0](*job[1:]) if blocking else ThreadPoolExecutor(1).submit(*job)
+
+    def _push_arguments(self, commit_message: str, **changes: Any) -> PushArguments:
+        arguments = PushArguments(
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            commit_message=commit_message,
+            token=self.args.hub_token,
+        )
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return replace(arguments, **changes)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self._pushing is not None and not self._pushing.done()
+        if busy and not self.args.hub_always_push:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # the checkpoint may be deleted by the next one before it is uploaded
+        copy = TemporaryDirectory(dir=self.args.output_dir, prefix=".pushing-")
+        for name in published_files(Path(checkpoint_folder)):
+            target = Path(copy.name) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(checkpoint_folder) / name, target)
+        message = f"Training in progress, step {self.state.global_step}"
+        self._pushing = ThreadPoolExecutor(1).submit(
+            _push_and_delete, copy, self.hub_model_id, self._push_arguments(message)
+        )
+
+    def _finish_current_push(self) -> None:
+        if self._pushing is not None:
+            self._pushing.result()
+            self._pushing = None
+
+
+def _push_and_delete(copy: TemporaryDirectory, repo: str, arguments: PushArguments) -> None:
+    with copy:
+        try:
+            push(copy.name, repo, arguments)
+        except Exception as error:  # whatever it is, it is no reason to stop a training
+            logger.warning("%s The training goes on.", error)
