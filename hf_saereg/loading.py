@@ -9,20 +9,15 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.corpora import character_tokenizer
-from hf_saereg.errors import UserError
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 CHARACTERS = "characters"
 CHARACTER_VOCABULARY = 128
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used; the message says why."""
 
 
 def load_checkpoint(
@@ -35,32 +30,17 @@ def load_checkpoint(
         tokenizer: folder or Hub repository of another tokenizer, or `characters`.
 
     Raises:
-        CheckpointError: if it is not there, no GPT-2, or incomplete, or there is no tokenizer.
-        HeadFolderError: if its heads are damaged.
+        UserError: if it is not there, no GPT-2, damaged or incomplete, or there is no tokenizer.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{name} holds no config.json; give the folder that save_pretrained wrote."
-        )
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise CheckpointError(f"There is no folder {name}; give one, or a Hub repository.")
-    path = str(folder) if folder.is_dir() else name
-    config = _config(path)
-    try:
-        model, loading = SAERegGPT2LMHeadModel.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The weights of {name} cannot be loaded: {_first_line(error)}"
-        ) from error
+    model, loading = SAERegGPT2LMHeadModel.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True
+    )
     if loading["missing_keys"]:
         raise CheckpointError(
             f"{name} lacks weights, {sorted(loading['missing_keys'])[0]} among them; it was not "
             "saved from a whole GPT-2 language model."
         )
-    return model.eval(), _tokenizer(path, tokenizer, config)
+    return model.eval(), _tokenizer(name, tokenizer, model.config)
 
 
 def fingerprint(model: SAERegGPT2LMHeadModel) -> str:
@@ -70,22 +50,6 @@ def fingerprint(model: SAERegGPT2LMHeadModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _config(path: str) -> GPT2Config:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is neither a folder with a model nor a repository that can be had from the "
-            f"Hub: {_first_line(error)}"
-        ) from error
-    if config.model_type != "gpt2":
-        raise CheckpointError(
-            f"{path} is a model of type {config.model_type!r}; only GPT-2 has the sites that heads "
-            "are put on here."
-        )
-    return config
 
 
 def _tokenizer(path: str, other: str | None, config: GPT2Config) -> PreTrainedTokenizerBase:

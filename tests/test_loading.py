@@ -7,9 +7,10 @@ import torch
 from tiny_checkpoint import save_stock_model
 from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
-from hf_saereg.loading import CheckpointError, fingerprint, load_checkpoint
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.corpora import character_tokenizer
 from hf_saereg.errors import UserError
+from hf_saereg.loading import fingerprint, load_checkpoint
 
 
 def test_a_stock_model_without_tokenizer_reads_characters(tmp_path):
@@ -67,9 +68,9 @@ def without_a_block(folder):
     [
         (no_model, "no config.json"),
         (another_model, "type 'gpt_neo'"),
-        (damaged, "weights of .* cannot be loaded"),
+        (damaged, "weights of .* are damaged"),
         (without_a_block, r"lacks weights, transformer\.h\.2"),
-        (lambda folder: None, "no folder"),
+        (lambda folder: None, "neither a folder nor"),
     ],
 )
 def test_what_is_no_whole_gpt2_is_refused_in_one_sentence(tmp_path, prepare, sentence):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tiny_checkpoint import SITES, save_stock_model, write_text
 
 from hf_saereg import cli
-from hf_saereg.loading import load_checkpoint
 from hf_saereg.commands.sweep import SweepArguments
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.errors import UserError
@@ -24,6 +23,7 @@ from hf_saereg.fresh import fidelity_batches
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import load_head
+from hf_saereg.loading import load_checkpoint
 from hf_saereg.options import parse_options
 from hf_saereg.sweep import SharedTraining
 

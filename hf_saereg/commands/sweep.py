@@ -23,11 +23,11 @@ import numpy as np
 from accelerate import Accelerator
 from datasets import DatasetDict
 
-from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import score_model
 from hf_saereg.grid import Cell, Schedule, Sweep, sparsity_option
 from hf_saereg.heads import HeadConfigError
+from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
 from hf_saereg.processes import start_accelerator
