@@ -7,13 +7,18 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "naive": "#c85200",
+    "compile": "#cc79a7",
     "dense": "#e0a030",
     "sparse": "#0072b2",
     "triton": "#0072b2",
     "auto": "#009e73",
     "product": "#33383f",
 }
-NAMES = {"naive": "whole arrays, autograd", "product": "encoder product alone: the floor"}
+NAMES = {
+    "naive": "whole arrays, autograd",
+    "compile": "whole arrays, torch.compile",
+    "product": "encoder product alone: the floor",
+}
 
 
 def draw(results: dict[str, Any]) -> Figure:

@@ -1,7 +1,12 @@
-"""The term written the naive way: whole (tokens, d_sae) arrays, differentiated by autograd."""
+"""The term written the naive way: whole (tokens, d_sae) arrays, differentiated by autograd.
 
-from collections.abc import Iterator
+Notable:
+- `torch.compile` of it is the rival of the Triton kernel; it is compiled once a shape
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 
 import torch
@@ -41,11 +46,19 @@ def naive_losses(head: SAEHead, x: Tensor) -> SAELosses:
     )
 
 
+@cache
+def compiled_losses() -> Callable[[SAEHead, Tensor], SAELosses]:
+    """`naive_losses`, compiled; made when first asked for, because the compiler loads slowly."""
+    return torch.compile(naive_losses, dynamic=False)
+
+
 @contextmanager
-def naive(heads: HeadBank) -> Iterator[None]:
-    """Within it these heads compute their losses the naive way."""
+def naive(
+    heads: HeadBank, losses: Callable[[SAEHead, Tensor], SAELosses] = naive_losses
+) -> Iterator[None]:
+    """Within it these heads compute their losses the naive way, or by what is given instead."""
     for head in heads:
-        head.losses = MethodType(naive_losses, head)
+        head.losses = MethodType(losses, head)
     try:
         yield
     finally:

@@ -6,21 +6,26 @@ Notable:
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from benchmarks.naive import naive
+from benchmarks.naive import compiled_losses, naive
 from hf_saereg import kernels
+from hf_saereg.heads.bank import HeadBank
 from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SAERegOutput
 
 
 def path_names(device: torch.device) -> list[str]:
-    """All paths on a device: the plain step, the floor, the naive way, and every kernel of ours."""
-    absent = {"triton"} if device.type == "cpu" else {"sparse"}
-    return ["plain", "floor", "naive", *(name for name in kernels.KERNELS if name not in absent)]
+    """All paths on a device: the plain step, the floor, the naive way, and every kernel of ours.
+
+    On a GPU also the naive way compiled.
+    """
+    rival = ["compile"] if device.type == "cuda" else []
+    fast = kernels.fast_kernel(torch.empty(0, device=device))
+    return ["plain", "floor", "naive", *rival, "auto", "dense", *([fast] if fast else [])]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -54,15 +59,20 @@ def run_path(
         for head in model.heads:
             head.kernel = name
     optimizer.zero_grad()
-    with naive(model.heads) if name == "naive" else nullcontext():  # noqa: SIM117
-        with autocast(model.device, precision):
-            output = model(input_ids=input_ids, labels=input_ids, compute_term=with_term)
+    with autocast(model.device, precision), _losses_of(name, model.heads):
+        output = model(input_ids=input_ids, labels=input_ids, compute_term=with_term)
     loss = output.loss + output.term if with_term else output.loss
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return output
+
+
+def _losses_of(name: str, heads: HeadBank) -> AbstractContextManager[None]:
+    if name == "compile":
+        return naive(heads, compiled_losses())
+    return naive(heads) if name == "naive" else nullcontext()
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     python -m benchmarks.step --shape published --json published.json --figure published.png
 
 Paths: the plain step; the floor, which is the plain step and the encoders' forward products; the
-naive way, whole arrays and autograd; and every kernel of ours that runs here.
+naive way, whole arrays and autograd; on a GPU the same compiled; and every kernel of ours that runs
+here.
 
 Notable:
 - heads and activations come from a short real run, see `benchmarks.training`: made on first use, in
@@ -24,11 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import peak_memory
-from benchmarks.naive import naive_losses
+from benchmarks.naive import compiled_losses, naive_losses
 from benchmarks.paths import autocast, path_names, product, steps_by_path
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training import HOW, STAGES, checkpoints, fitted_head, training_run
-from hf_saereg import kernels
 from hf_saereg.errors import UserError, one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions, write_json
@@ -151,14 +151,14 @@ def _head_seconds(
     x: Tensor, d_sae: int, target_l0: float, precision: str, repeats: int
 ) -> dict[str, float]:
     head = fitted_head(x.detach(), d_sae, target_l0)
-    kinds = [k for k in path_names(x.device) if k in kernels.KERNELS and k != "auto"]
+    names = [name for name in path_names(x.device) if name not in ("plain", "floor", "auto")]
 
     def step(path: str) -> None:
         head.zero_grad()
         x.grad = None
         with autocast(x.device, precision):
-            if path == "naive":
-                losses = naive_losses(head, x)
+            if path in ("naive", "compile"):
+                losses = (compiled_losses() if path == "compile" else naive_losses)(head, x)
             else:
                 head.kernel = path
                 losses = head.losses(x)
@@ -166,7 +166,7 @@ def _head_seconds(
         if x.device.type == "cuda":
             torch.cuda.synchronize()
 
-    contestants = {path: lambda path=path: step(path) for path in ("naive", *kinds)}
+    contestants = {path: lambda path=path: step(path) for path in names}
     contestants["product"] = lambda: product(x, head.W_enc, precision)
     l0 = head.losses(x).statistics.l0
     return {"d_sae": d_sae, "l0": l0, "seconds": median_seconds(contestants, repeats)}
@@ -196,7 +196,8 @@ def measure_story(shape: Shape, steps: int, precision: str) -> dict[str, list[fl
     return {
         path: [loss for _, loss in training_run(shape, path, steps, precision)]
         for path in path_names(device)
-        if path not in ("plain", "floor")
+        # a compiled path would be compiled anew with every coefficient
+        if path not in ("plain", "floor", "compile")
     }
 
 

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # read when Triton is imported, which the packages below do where they find it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import GPT2Config
 
 from hf_saereg.heads import SAEHeadConfig

@@ -6,52 +6,25 @@ import multiprocessing
 import subprocess
 import sys
 
+import against_dense
 import pytest
 import torch
+from against_dense import head_and_tokens, losses_and_gradients, relative_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import profile
 
 from hf_saereg import kernels
-from hf_saereg.heads import FAMILIES, SAEHead, SAEHeadConfig, make_head
+from hf_saereg.errors import UserError
+from hf_saereg.heads import FAMILIES
 from hf_saereg.heads.folder import load_head, save_heads
 from hf_saereg.kernels import Above, LargestK, chunks, dense, sparse
 
 ARCHITECTURES = tuple(FAMILIES)
 
 
-def head_and_tokens(architecture, tokens, d_in, d_sae, k=1, seed=0, dtype=torch.float64):
-    torch.manual_seed(seed)
-    config = SAEHeadConfig(architecture, "a site", d_in, d_sae, sparsity_coefficient=0.3, k=k)
-    head = make_head(config).to(dtype)
-    with torch.no_grad():
-        for bias in (head.encoder_bias, head.b_dec):
-            bias.normal_()
-    return head, torch.randn(tokens, d_in, dtype=dtype)
-
-
-def losses_and_gradients(head: SAEHead, x, kernel, autocast=False):
-    """The three losses, then the gradients of x and of every parameter."""
-    head.kernel = kernel
-    x = x.detach().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        losses = head.losses(x)
-        parts = losses.reconstruction, losses.sparsity, losses.auxiliary
-    gradients = torch.autograd.grad(sum(parts), [x, *head.parameters()], materialize_grads=True)
-    return [*(part.detach() for part in parts), *gradients]
-
-
-def relative_errors(measured, reference):
-    return [
-        ((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
-        for ours, theirs in zip(measured, reference, strict=True)
-    ]
-
-
 def assert_equal_to_dense(head, x):
-    expected = losses_and_gradients(head, x, "dense")
-    for ours, theirs in zip(losses_and_gradients(head, x, "sparse"), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    against_dense.assert_equal_to_dense(head, x, "sparse")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -233,8 +206,8 @@ def test_works_in_a_forked_process():
     assert process.exitcode == 0
 
 
-def test_importing_the_kernels_does_not_import_numba():
-    code = "import sys, hf_saereg.kernels; sys.exit('numba' in sys.modules)"
+def test_importing_the_kernels_imports_neither_numba_nor_triton():
+    code = "import sys, hf_saereg.kernels; sys.exit(bool({'numba', 'triton'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -320,5 +293,5 @@ def test_pick_is_dense_on_other_devices():
 
 
 def test_pick_names_the_kernels_when_there_is_no_such_one():
-    with pytest.raises(ValueError, match="'fast'; choose one of auto, dense, sparse"):
+    with pytest.raises(UserError, match="'fast'; choose one of auto, dense, sparse, triton"):
         kernels.pick("fast", 0.5, torch.zeros(1, 1))

@@ -71,7 +71,8 @@ def _check_triton(device: torch.device) -> None:
 
 @cache
 def _triton_installed() -> bool:
-    return find_spec("triton") is not None
+    spec = find_spec("triton")
+    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def fast_kernel(W_enc: Tensor) -> str | None:

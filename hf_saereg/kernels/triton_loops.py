@@ -128,7 +128,7 @@ def sum_rows(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_row = columns < width
     last = tl.load(bounds + run + 1)
-    parts = tl.zeros((ENTRIES, COLUMNS), SUM)
+    parts = tl.full((ENTRIES, COLUMNS), 0.0, SUM)
     for first in range(tl.load(bounds + run), last, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
         inside = entries < last
@@ -174,7 +174,7 @@ def dot_rows(
         entries = first + tl.arange(0, ENTRIES)
         inside = entries < last
         latent = tl.load(latents + entries, mask=inside, other=0).to(tl.int64)
-        parts = tl.zeros((ENTRIES, COLUMNS), SUM)
+        parts = tl.full((ENTRIES, COLUMNS), 0.0, SUM)
         for column in range(0, width, COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             in_row = columns < width
