@@ -189,22 +189,24 @@ def _train(
 
 def _labels(name: str, cell: Cell) -> dict[str, Any]:
     labels = {"model": name, "family": cell.architecture, "source": "fresh"}
-    sizes = sorted(set(cell.d_sae))
-    d_sae = sizes[0] if len(sizes) == 1 else list(cell.d_sae)
-    return labels | {"sparsity": cell.sparsity, "d_sae": d_sae, "seed": cell.seed}
+    sizes = {"d_sae": _in_common(cell.d_sae)}
+    return labels | {"sparsity": cell.sparsity, **sizes, "seed": cell.seed}
 
 
 def _labels_of_own(name: str, model: SAERegGPT2LMHeadModel) -> dict[str, Any]:
     config = model.heads.configs[0]
-    sizes = [own.d_sae for own in model.heads.configs]
     return {
         "model": name,
         "family": config.architecture,
         "source": COTRAINED,
         "sparsity": config.k or config.target_l0 or config.sparsity_coefficient,
-        "d_sae": sizes[0] if len(set(sizes)) == 1 else sizes,
+        "d_sae": _in_common([own.d_sae for own in model.heads.configs]),
         "seed": None,  # theirs is the model's, which its files do not tell
     }
+
+
+def _in_common(sizes: Sequence[int]) -> int | str:
+    return sizes[0] if len(set(sizes)) == 1 else "-".join(map(str, sizes))
 
 
 def _rows(

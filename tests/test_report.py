@@ -3,14 +3,19 @@
 import copy
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html import unescape
-from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
+from pages import (
+    assert_headings_nest,
+    assert_images_described,
+    assert_self_contained,
+    assert_shown,
+    elements_of,
+    needs_browser,
+)
 
 from hf_saereg.report import (
     Outcome,
@@ -363,62 +368,26 @@ def test_hostile_text_is_escaped():
     assert "&lt;script&gt;" in html
 
 
-class Elements(HTMLParser):
-    """Collect elements, and fail where tags do not nest."""
-
-    VOID = frozenset({"meta", "link", "img", "source", "br", "hr"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.elements = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-
 @pytest.fixture(scope="module")
 def elements(page):
-    parser = Elements()
-    parser.feed(page.read_text("utf-8"))
-    parser.close()
-    assert not parser.open
-    return parser.elements
+    return elements_of(page)
 
 
 def test_page_loads_nothing_and_links_within_itself(page, elements):
-    anchors = {attributes["id"] for _, attributes in elements if "id" in attributes}
-    for tag, attributes in elements:
-        assert tag not in {"script", "iframe", "object", "embed"}
-        for name in ("src", "srcset"):
-            assert attributes.get(name, "data:").startswith("data:")
-        target = attributes.get("href", "#main")
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        else:
-            assert target.startswith("data:") or (page.parent / target).is_file()
-    assert "url(" not in page.read_text("utf-8").partition("</style>")[0]
+    assert_self_contained(page, elements)
 
 
 def test_every_image_has_alternative_text(elements):
-    images = [attributes for tag, attributes in elements if tag == "img"]
-    assert len(images) == 4
-    assert all(len(attributes["alt"]) > 40 for attributes in images)
+    assert_images_described(elements, number=4)
 
 
 def test_headings_do_not_skip_a_level(elements):
-    levels = [int(tag[1]) for tag, _ in elements if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(deeper - level <= 1 for level, deeper in pairwise(levels))
+    assert_headings_nest(elements)
 
 
 def test_figures_are_written_as_png_and_drawn_alike_each_time(page):
-    from hf_saereg.report.figures import Style, draw_ce, render
+    from hf_saereg.report.canvas import Style, render
+    from hf_saereg.report.figures import draw_ce
 
     files = sorted((page.parent / "figures").iterdir())
     assert [file.name for file in files] == ["ce.png", "compound.png", "norms.png", "sites.png"]
@@ -430,39 +399,14 @@ def test_figures_are_written_as_png_and_drawn_alike_each_time(page):
 def test_drawing_leaves_the_settings_of_others_alone():
     import matplotlib
 
-    from hf_saereg.report.figures import DARK, Style, draw_norms, render
+    from hf_saereg.report.canvas import DARK, Style, render
+    from hf_saereg.report.figures import draw_norms
 
     before = copy.deepcopy(dict(matplotlib.rcParams))
     render(draw_norms, read_results(make_results()), Style(DARK, phone=True), "png")
     assert dict(matplotlib.rcParams) == before
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PROBE = """<script>addEventListener("load", () => {
-  const widths = [...document.images].map((image) => image.naturalWidth);
-  document.title = "widths " + widths + " overflow " +
-    (document.documentElement.scrollWidth - document.documentElement.clientWidth);
-});</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@needs_browser
 def test_browser_shows_every_image_without_an_error(page, tmp_path):
-    def load(path):
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-        command += ["--enable-logging=stderr", "--window-size=500,900"]
-        command += ["--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}"]
-        run = subprocess.run(
-            [*command, path.as_uri()], capture_output=True, text=True, timeout=60, check=True
-        )
-        assert "CONSOLE" not in run.stderr
-        return run.stdout
-
-    load(page)
-    # The page itself forbids scripts, so the probe goes into a copy without that rule.
-    html = re.sub(r"<meta http-equiv[^>]+>", PROBE, page.read_text("utf-8"))
-    probed = tmp_path / "probed.html"
-    probed.write_text(html, encoding="utf-8")
-    widths, overflow = re.search(r"<title>widths (\S+) overflow (\d+)", load(probed)).groups()
-    assert len(widths.split(",")) == 4
-    assert all(int(width) > 0 for width in widths.split(","))
-    assert overflow == "0"
+    assert_shown(page, tmp_path, images=4)

@@ -245,11 +245,10 @@ def summary(results: dict[str, Any]) -> str:
     lines = [f"{head} {'sum L0':>8} {'CE incr.':>9} {'recovered':>9} {'KL':>8}"]
     for row in results["compound"]:
         recovered = row["ce_recovered"]
-        sizes = row["d_sae"] if isinstance(row["d_sae"], int) else "mixed"
         seed = "" if row["seed"] is None else row["seed"]
         lines.append(
-            f"{row['family']:<10} {row['source']:<9} {sizes:>6} {seed:>4} {row['sparsity']:>8g} "
-            f"{row['sum_l0']:>8.1f} {row['ce_increase']:>9.4f} "
+            f"{row['family']:<10} {row['source']:<9} {row['d_sae']:>6} {seed:>4} "
+            f"{row['sparsity']:>8g} {row['sum_l0']:>8.1f} {row['ce_increase']:>9.4f} "
             f"{'' if recovered is None else f'{recovered:.3f}':>9} {row['kl']:>8.4f}"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """From `results.json` to figures and a page: what regularization bought, and what it cost.
 
-    results.json -> results -> verdict -> findings -> page <- figures
+    results.json -> results -> verdict -> findings -> page <- figures        of a comparison
+    results.json… -> swept -> swept_page <- swept_figures                    of any models
 
 What is notable:
 
@@ -11,6 +12,7 @@ What is notable:
 
 from hf_saereg.report.page import write_report
 from hf_saereg.report.results import ReportError, Results, read_results
+from hf_saereg.report.swept_page import write_swept_report
 from hf_saereg.report.verdict import (
     Comparison,
     Convergence,
@@ -31,4 +33,5 @@ __all__ = [
     "measure_convergence",
     "read_results",
     "write_report",
+    "write_swept_report",
 ]

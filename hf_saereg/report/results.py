@@ -140,7 +140,7 @@ def read_results(results: Mapping[str, object]) -> Results:
     Raises:
         ReportError: if a key is missing, or holds what it must not, such as a NaN.
     """
-    read = _read(Results, results, "")
+    read = read_as(Results, results)
     for name in ("sites", "rows", "compound"):
         if not getattr(read, name):
             raise ReportError(f"The results hold no '{name}', so there is nothing to compare.")
@@ -158,6 +158,19 @@ def read_results(results: Mapping[str, object]) -> Results:
                 if site not in getattr(baseline, key):
                     raise ReportError(f"'baselines.{name}.{key}' has no value for '{site}'.")
     return read
+
+
+def read_as(kind: type[T], results: Mapping[str, object]) -> T:
+    """Give parsed JSON the types of a dataclass, whose fields are the schema.
+
+    Args:
+        kind: the dataclass.
+        results: what `json.load` returned.
+
+    Raises:
+        ReportError: if a key is missing, or holds what it must not, such as a NaN.
+    """
+    return _read(kind, results, "")
 
 
 def _placed(rows: Sequence[T], name: str) -> list[tuple[str, T]]:

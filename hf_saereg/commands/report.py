@@ -1,0 +1,58 @@
+"""`saereg report`: what runs found, as a page to open.
+
+    saereg report RUN… --output_dir OUT
+
+Notable:
+- a run is a folder with a `results.json`, of `saereg sweep` or of a training recipe
+- the run of a training recipe, given alone, gets the page of a comparison; anything else a page
+  with every model side by side
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_saereg.errors import UserError
+from hf_saereg.options import parse_options
+from hf_saereg.report import ReportError, write_report, write_swept_report
+from hf_saereg.report.swept import RESULTS_FILE
+
+
+@dataclass
+class ReportArguments:
+    """Options of the report."""
+
+    runs: list[str] = field(metadata={"help": "Folders with a results.json."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the page; that of the run where there is one."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None and len(self.runs) > 1:
+            raise ReportError("Several runs need --output_dir, the folder for their common page.")
+
+
+def main(words: Sequence[str]) -> None:
+    """Write the page.
+
+    Raises:
+        UserError: if a run cannot be read, or what pages are written with is not installed.
+    """
+    (arguments,) = parse_options(ReportArguments, arguments=words)
+    folders = [Path(run).expanduser() for run in arguments.runs]
+    output_dir = folders[0] if arguments.output_dir is None else Path(arguments.output_dir)
+    try:
+        page = _write(folders, output_dir)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    print(f"Open {page.resolve()}")
+
+
+def _write(folders: list[Path], output_dir: Path) -> Path:
+    path = folders[0] / RESULTS_FILE
+    if len(folders) == 1 and path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "regularizer" in content.get("setup", {}):
+            return write_report(content, output_dir)
+    return write_swept_report(folders, output_dir)

@@ -1,0 +1,171 @@
+"""What every figure of the reports is drawn with: themes, styles, settings, axes.
+
+What is notable:
+
+- A figure is drawn for a theme (light, dark) and a width (page, phone), so that text keeps its size
+  on a phone and its contrast at night; the page picks among the renderings without script.
+- Only the object API is used: no pyplot, no figure left open, no change to anyone's settings.
+- Rendered SVG is the same for the same numbers: no date, no random identifiers.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+T = TypeVar("T")
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+PNG_DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one appearance."""
+
+    text: str
+    faint: str
+    background: str  # of PNG files; what is inlined into the page is transparent
+    plain: str
+    regularized: str
+    others: tuple[str, ...]  # of further models
+
+    def of(self, model: str) -> str:
+        """Return the colour of a model."""
+        return self.plain if model == "plain" else self.regularized
+
+    def nth(self, index: int) -> str:
+        """Return the colour of one of any number of models."""
+        colours = (self.plain, self.regularized, *self.others)
+        return colours[index % len(colours)]
+
+
+LIGHT = Theme(
+    text="#33383f",
+    faint="#d9dce0",
+    background="#ffffff",
+    plain="#0072b2",
+    regularized="#c85200",
+    others=("#00755a", "#9c4f86", "#6d5f00", "#51585f"),
+)
+DARK = Theme(
+    text="#c9ced6",
+    faint="#3a4049",
+    background="#14171c",
+    plain="#56b4e9",
+    regularized="#f5a03c",
+    others=("#3fc8a0", "#e29bcb", "#f0e442", "#a3abb6"),
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a figure is drawn for."""
+
+    theme: Theme = LIGHT
+    phone: bool = False
+
+    @property
+    def width(self) -> float:
+        """Inches; 96 of the page's pixels are one."""
+        return 3.5 if self.phone else 8.6
+
+
+def site_label(site: str) -> str:
+    """Return a hook name in plain words, e.g. `before block 0`; other names stay as they are."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
+    if match is None:
+        return site
+    return f"{'before' if match[2] == 'pre' else 'after'} block {match[1]}"
+
+
+def render(draw: Callable[[T, Style], Figure], shown: T, style: Style, image_format: str) -> bytes:
+    """Draw a figure and return the bytes of its file.
+
+    Args:
+        draw: makes the figure.
+        shown: what it draws.
+        style: theme and width.
+        image_format: `svg` (transparent, for the page) or `png` (opaque, for everywhere else).
+    """
+    buffer = io.BytesIO()
+    figure = draw(shown, style)
+    with settings(style):
+        if image_format == "svg":
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        else:
+            figure.savefig(buffer, format=image_format, dpi=PNG_DPI)
+    return buffer.getvalue()
+
+
+def scale_l0_axis(axes: Axes, style: Style) -> None:
+    """L0 across on a log scale with plain numbers, CE increase upwards from zero."""
+    axes.set_xscale("log")
+    set_limits_from_zero(axes)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _spans_little(axes) else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(4 if style.phone else 5))
+
+
+def set_limits_from_zero(axes: Axes) -> None:
+    """Give the vertical axis a range that holds zero and every point."""
+    heights = [height for line in axes.get_lines() for height in line.get_ydata()]
+    low, high = min(heights, default=0), max(heights, default=0)
+    if high > 0 or low < 0:
+        axes.set_ylim(1.08 * min(low, 0), 1.08 * max(high, 0))
+
+
+def _spans_little(axes: Axes) -> bool:
+    low, high = axes.get_xlim()
+    return high / max(low, 1e-9) < 100
+
+
+@contextmanager
+def settings(style: Style) -> Iterator[None]:
+    """Fonts, colours and lines of a style, until the end of the block."""
+    theme = style.theme
+    size = 8.5 if style.phone else 9.5
+    settings = {
+        "font.family": "DejaVu Sans",  # comes with matplotlib: the same text width everywhere
+        "font.size": size,
+        "axes.titlesize": size,
+        "axes.labelsize": size,
+        "figure.labelsize": size,
+        "xtick.labelsize": size - 0.5,
+        "ytick.labelsize": size - 0.5,
+        "legend.fontsize": size,
+        "legend.frameon": False,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.text,
+        "axes.titlecolor": theme.text,
+        "axes.titlelocation": "left",
+        "axes.edgecolor": theme.text,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "xtick.color": theme.text,
+        "ytick.color": theme.text,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4.5 if style.phone else 5,
+        "figure.facecolor": theme.background,
+        "savefig.facecolor": "auto",
+        "svg.fonttype": "path",
+        "svg.hashsalt": "hf-saereg",
+    }
+    with matplotlib.rc_context(settings):
+        yield

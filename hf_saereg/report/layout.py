@@ -1,0 +1,142 @@
+"""What every page of the reports is laid out with: pictures inside the page, filters, templates.
+
+What is notable:
+
+- Each figure is inlined four times, for light and dark, page and phone; `<picture>` picks.
+- A page forbids itself every outside resource (Content-Security-Policy), so it works from disk and
+  a hostile string in what it shows could load nothing even if it were not escaped.
+- matplotlib and jinja2 are imported when a page is written, not before.
+"""
+
+import base64
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from hf_saereg.report.findings import l0_text, signed
+
+T = TypeVar("T")
+
+
+class Picture(NamedTuple):
+    """One figure, ready for the page.
+
+    Attributes:
+        name: of its PNG file.
+        title: its caption.
+        reading: what it shows, in one line.
+        description: its alternative text.
+        sources: data URI by appearance: `light`, `dark`, `light_phone`, `dark_phone`.
+    """
+
+    name: str
+    title: str
+    reading: str
+    description: str
+    sources: dict[str, str]
+
+
+class Caption(NamedTuple):
+    """The words of a figure.
+
+    Attributes:
+        title: its caption.
+        reading: what it shows, in one line.
+        description: its alternative text.
+    """
+
+    title: str
+    reading: str
+    description: str
+
+
+def require_extra(*names: str) -> None:
+    """Check that what pages are written with is installed.
+
+    Args:
+        *names: modules.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"The report needs {name}: run `pip install 'hf-saereg[report]'`."
+            ) from error
+
+
+def draw_pictures(
+    drawings: Mapping[str, Callable[[T, Any], Any]],
+    shown: T,
+    captions: Mapping[str, Caption],
+    folder: Path,
+) -> dict[str, Picture]:
+    """Draw every figure for every appearance, and as PNG files.
+
+    Args:
+        drawings: from what is shown and a `Style` to a matplotlib figure, by name.
+        shown: what they draw.
+        captions: the words of each.
+        folder: for the files.
+    """
+    from hf_saereg.report.canvas import DARK, LIGHT, Style, render
+
+    styles = {
+        "light": Style(LIGHT),
+        "dark": Style(DARK),
+        "light_phone": Style(LIGHT, phone=True),
+        "dark_phone": Style(DARK, phone=True),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, draw in drawings.items():
+        (folder / f"{name}.png").write_bytes(render(draw, shown, Style(), "png"))
+        sources = {
+            appearance: _data_uri(render(draw, shown, style, "svg"))
+            for appearance, style in styles.items()
+        }
+        pictures[name] = Picture(name, *captions[name], sources)
+    return pictures
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Fill a template of this folder; what is not there is an error, what is there is escaped.
+
+    Args:
+        name: of the template.
+        **values: what it shows.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        signed=signed,
+        l0=l0_text,
+        count=lambda number: f"{number:,}",
+        label=lambda value: f"{value:g}" if isinstance(value, float) else value,
+        percent=lambda share: f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
+        duration=_duration,
+    )
+    return environment.get_template(name).render(**values)
+
+
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

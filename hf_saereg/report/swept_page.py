@@ -1,0 +1,144 @@
+"""The page of what sweeps found: one model's SAEs, or several models' side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_saereg.report.findings import SUM_L0, l0_text, listed, signed
+from hf_saereg.report.layout import Caption, draw_pictures, render_template, require_extra
+from hf_saereg.report.swept import (
+    AtEqualL0,
+    SweptModel,
+    Variant,
+    compare,
+    fresh,
+    mean_curve,
+    movement,
+    read_runs,
+    variants,
+)
+
+SETTLED = 0.05  # median movement over the second half of training up to which SAEs count as done
+
+
+class Movement(NamedTuple):
+    """How far the SAEs of one model and variant still moved.
+
+    Attributes:
+        model: its label.
+        variant: of the SAEs.
+        median: relative, over sites and sparsities.
+    """
+
+    model: str
+    variant: Variant
+    median: float
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is small enough to count as done."""
+        return self.median <= SETTLED
+
+
+def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
+    """Write `index.html` and `figures/*.png` about runs.
+
+    Args:
+        folders: each with a `results.json`.
+        output_dir: folder to write to; made if it is missing.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        ReportError: if results are missing, damaged, or lack a key.
+        ImportError: if matplotlib or jinja2 is not installed.
+    """
+    models = read_runs(folders)
+    require_extra("matplotlib", "jinja2")
+    from hf_saereg.report.swept_figures import DRAWINGS
+
+    pictures = draw_pictures(DRAWINGS, models, captions(models), output_dir / "figures")
+    compared = {variant: compare(models, variant) for variant in variants(models)}
+    moved = [
+        Movement(model.label, variant, median)
+        for model in models
+        for variant in compared
+        if (median := movement(model, variant)) is not None
+    ]
+    page = output_dir / "index.html"
+    html = render_template(
+        "swept.html.j2",
+        title=f"SAEs on {listed(model.label for model in models)}",
+        models=models,
+        headline=headline(models, compared),
+        compared=compared,
+        moved=moved,
+        seeds={row.seed for model in models for row in model.sets} - {None},
+        settled=SETTLED,
+        pictures=pictures,
+    )
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def headline(models: Sequence[SweptModel], compared: dict[Variant, list[AtEqualL0]]) -> str:
+    """What it costs to replace every site, at one Σ L0 for all models, variant by variant.
+
+    Args:
+        models: of any runs.
+        compared: by variant.
+    """
+    sentences = []
+    for variant, points in compared.items():
+        if points:
+            point = points[len(points) // 2]
+            costs = [
+                f"{signed(increase)} on {model.label}"
+                for model, increase in zip(models, point.ce_increase, strict=True)
+                if increase is not None
+            ]
+            sentences.append(f"{variant.label}: {listed(costs)} at {SUM_L0} {l0_text(point.l0)}")
+        else:
+            sentences.append(f"{variant.label}: no {SUM_L0} that all models reached")
+    return f"Nats a token lost with every site replaced by fresh SAEs: {'; '.join(sentences)}."
+
+
+def captions(models: Sequence[SweptModel]) -> dict[str, Caption]:
+    """The words of the figures, from the numbers that they draw.
+
+    Args:
+        models: of any runs.
+    """
+    ends = []
+    for model in models:
+        for variant in variants(models):
+            points = mean_curve(fresh(model.sets, variant)).points
+            if points:
+                first, last = points[0], points[-1]
+                ends.append(
+                    f"{model.label}, {variant.label}: {signed(first.ce_increase)} nats at "
+                    f"{SUM_L0} {l0_text(first.l0)}, {signed(last.ce_increase)} at "
+                    f"{l0_text(last.l0)}"
+                )
+    names = listed(model.label for model in models)
+    return {
+        "compound": Caption(
+            f"Compound CE increase against {SUM_L0}",
+            "Lower is better; towards the left, sparser.",
+            f"Curves of the compound CE increase over the sum of L0. {'. '.join(ends)}.",
+        ),
+        "sites": Caption(
+            "CE increase against L0, site by site",
+            "Each site replaced alone.",
+            f"One panel a site with the CE increase over L0 on {names}; the numbers are in the "
+            "table of every SAE.",
+        ),
+        "densities": Caption(
+            "How often latents fire",
+            "Of the SAEs nearest to L0 20, at their first seed; latents that never fired are left "
+            "out.",
+            "One panel a site with the share of latents over the share of tokens on which they "
+            f"fire, on {names}.",
+        ),
+    }

@@ -1,0 +1,207 @@
+"""The page of what sweeps found: curves and comparisons by hand, one model and several."""
+
+import json
+import re
+from html import unescape
+
+import pytest
+from pages import (
+    assert_headings_nest,
+    assert_images_described,
+    assert_self_contained,
+    assert_shown,
+    elements_of,
+    needs_browser,
+)
+from test_report import make_results
+
+from hf_saereg import cli
+from hf_saereg.report.results import ReportError
+from hf_saereg.report.swept import Variant, compare, mean_curve, movement, read_runs, variants
+from hf_saereg.report.swept_page import headline, write_swept_report
+
+SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
+TOPK = Variant("topk", 64)
+HISTOGRAM = {"log10_edges": [-2.0, -1.0, 0.0], "counts": [40, 20], "never": 4}
+
+
+def row(model, seed, sparsity, increase, **changes):
+    return {
+        "model": model,
+        "family": "topk",
+        "source": "fresh",
+        "sparsity": sparsity,
+        "d_sae": 64,
+        "seed": seed,
+        "ce_increase": increase,
+        "ce_increase_at_half": increase * 1.02,
+        "ce_recovered": 0.9,
+        "kl": increase / 2,
+    } | changes
+
+
+def make_sweep(model="model", at={10: (0.4, 0.6), 40: (0.1, 0.3)}):  # noqa: B006
+    """Two seeds a k, by k; L0 is k at each of the two sites."""
+    found = {"rows": [], "compound": []}
+    for k, increases in at.items():
+        for seed, increase in enumerate(increases):
+            found["compound"].append(row(model, seed, k, increase, sum_l0=2 * k))
+            for site in SITES:
+                own = {"site": site, "l0": float(k), "fvu": 0.1, "dead_fraction": 0.06}
+                own["density_histogram"] = HISTOGRAM
+                found["rows"].append(row(model, seed, k, increase / 4, **own))
+    base = {
+        "clean_ce": 2.0,
+        "mean_ablated_ce": dict.fromkeys(SITES, 3.0),
+        "mean_ablated_ce_all": 3.5,
+        "zero_ablated_ce": dict.fromkeys(SITES, 3.25),
+        "zero_ablated_ce_all": 4.0,
+    }
+    setup = {"dataset": "text", "model": "1 layer", "command": "saereg sweep", "device": "1 × cpu"}
+    own = {"sites": SITES, "baselines": {model: base}, "seconds": {"fresh": 1.0}, "setup": setup}
+    return found | own
+
+
+def save(folder, results):
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def text_of(page):
+    html = page.read_text("utf-8").partition("<body>")[2]
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    first = save(folder / "a", make_sweep())
+    second = save(folder / "b", make_sweep(at={20: (0.1, 0.1), 80: (0.0, 0.2)}))
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    return write_swept_report(runs, tmp_path_factory.mktemp("page"))
+
+
+def test_models_of_the_same_name_are_told_apart_by_their_run(runs):
+    assert [model.label for model in read_runs(runs)] == ["model (a)", "model (b)"]
+    assert [model.label for model in read_runs(runs[:1])] == ["model"]
+
+
+def test_a_curve_goes_through_the_means_over_seeds(runs):
+    (model,) = read_runs(runs[:1])
+    assert variants([model]) == [TOPK]
+    points = mean_curve(model.sets).points
+    assert [point[:2] for point in points] == [(20, pytest.approx(0.5)), (80, pytest.approx(0.2))]
+    assert movement(model, TOPK) == pytest.approx(0.02)
+
+
+def test_models_are_compared_where_all_of_them_were_measured(runs):
+    found = compare(read_runs(runs), TOPK)  # Σ L0 20 to 80, and 40 to 160
+    assert [point.l0 for point in found] == pytest.approx(
+        [40, 40 * 2**0.25, 40 * 2**0.5, 67.27, 80], rel=1e-3
+    )
+    first, last = found[0], found[-1]
+    assert first.ce_increase == pytest.approx([0.35, 0.1])  # halfway in log L0 from 0.5 to 0.2
+    assert first.spread == pytest.approx([0.2, 0.0])
+    assert last.ce_increase == pytest.approx([0.2, 0.1])
+    assert last.spread == pytest.approx([0.2, 0.1])  # 0.1 to 0.0 and 0.1 to 0.2, half of the way
+
+
+def test_models_without_a_shared_l0_are_not_compared(runs, tmp_path):
+    far = save(tmp_path / "far", make_sweep("far", at={200: (0.1, 0.1)}))
+    models = read_runs([runs[0], far])
+    assert compare(models, TOPK) == []
+    assert "no Σ\xa0L0 that all models reached" in headline(models, {TOPK: []})
+
+
+def test_the_page_of_several_models_shows_them_side_by_side(page):
+    text = text_of(page)
+    assert "SAEs on model (a) and model (b)" in text
+    assert "topk, d_sae 64: 0.275 on model (a) and 0.100 on model (b) at Σ L0 57" in text
+    assert "0.350 (0.200) 0.100 (0.000)" in text
+    assert "One seed" not in text and "Not settled" not in text
+
+
+def test_the_page_of_one_model_shows_that_model(runs, tmp_path):
+    text = text_of(write_swept_report(runs[:1], tmp_path))
+    assert "SAEs on model" in text and "model (a)" not in text
+    assert "0.500 (0.200)" in text  # at its own lowest Σ L0
+    assert "3.2500" not in text and "3.250" in text  # ablated by zeros
+
+
+def test_one_seed_and_unsettled_saes_are_said_to_be(tmp_path):
+    results = make_sweep(at={10: (0.4,), 40: (0.1,)})
+    for rows in (results["rows"], results["compound"]):
+        for own in rows:
+            own["ce_increase_at_half"] = own["ce_increase"] * 1.3
+            own["ce_recovered"] = None
+    text = text_of(write_swept_report([save(tmp_path / "run", results)], tmp_path / "page"))
+    assert "One seed" in text
+    assert "Not settled" in text and "30 % (topk, d_sae 64, model)" in text
+
+
+def test_a_models_own_heads_are_listed_apart(tmp_path):
+    results = make_sweep()
+    own = {"source": "cotrained", "ce_increase_at_half": None, "d_sae": "32-64"}
+    results["compound"].append(row("model", None, 7, 0.05, sum_l0=14.0, **own))
+    path = save(tmp_path / "run", results)
+    assert variants(read_runs([path])) == [TOPK]
+    assert "topk, 32-64 cotrained 7 – 14 0.0500" in text_of(
+        write_swept_report([path], tmp_path / "page")
+    )
+
+
+def test_hostile_names_are_escaped(tmp_path):
+    results = make_sweep("<script>alert(1)</script>")
+    page = write_swept_report([save(tmp_path / "run", results)], tmp_path / "page")
+    assert "<script" not in page.read_text("utf-8")
+
+
+def test_the_page_is_whole(page):
+    elements = elements_of(page)
+    assert_self_contained(page, elements)
+    assert_images_described(elements, number=3)
+    assert_headings_nest(elements)
+
+
+@needs_browser
+def test_browser_shows_the_page_without_an_error(page, tmp_path):
+    assert_shown(page, tmp_path, images=3)
+
+
+def broken(**changes):
+    results = make_sweep()
+    results["rows"][0] |= changes
+    return results
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "Cannot read .*results.json"),
+        (broken(kl=float("nan")), r"rows\[0\]\.kl"),
+        (make_sweep(at={}), "no SAE"),
+        ({"rows": []}, "sites"),
+    ],
+)
+def test_runs_that_cannot_be_shown_are_refused_in_one_sentence(tmp_path, content, named):
+    if content is not None:
+        save(tmp_path / "run", content)
+    with pytest.raises(ReportError, match=named) as caught:
+        write_swept_report([tmp_path / "run"], tmp_path / "page")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_writes_the_page_that_fits(runs, tmp_path, capsys):
+    cli.main(["report", *map(str, runs), "--output_dir", str(tmp_path / "swept")])
+    assert "model (b)" in (tmp_path / "swept" / "index.html").read_text("utf-8")
+    pair = save(tmp_path / "pair", make_results())
+    cli.main(["report", str(pair)])
+    assert "Where the regularized model is worse" in (pair / "index.html").read_text("utf-8")
+    assert capsys.readouterr().out.count("Open ") == 2
+    with pytest.raises(SystemExit, match="--output_dir"):
+        cli.main(["report", *map(str, runs)])
