@@ -2,6 +2,7 @@
 
     saereg sweep MODEL --dataset TEXT …     fresh SAEs on a model, scored
     saereg report RUN… --output_dir OUT     what sweeps found, as a page
+    saereg features MODEL [MODEL] …         what the latents of a head stand for, as a page
 
 Notable:
 - the first words are a command's subject, all others are its options, also from `--config FILE`
@@ -47,6 +48,12 @@ COMMANDS = {
         "runs",
         "RUN… --output_dir OUT",
         "write what runs found as a page to open",
+    ),
+    "features": Command(
+        "hf_saereg.commands.features",
+        "models",
+        "MODEL [MODEL] --hook_name HOOK_NAME --dataset TEXT --output_dir DIR",
+        "show what the latents of a head stand for, of two models side by side",
     ),
 }
 

@@ -1,0 +1,156 @@
+"""The page of a head's features, or of two heads' side by side: one file, no script, no network.
+
+What is notable:
+
+- Tokens are highlighted by how strongly the latent fires on them, in tenths of its largest
+  activation; what cannot be seen, such as a line break, is shown by a sign.
+- With two heads every feature stands beside the one of the other head whose activations on the same
+  tokens correlate most; those of the second head that are nobody's match follow at the end.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_saereg.features import Context, Feature
+from hf_saereg.report.layout import render_template, require_extra
+
+LEVELS = 9
+SIGNS = str.maketrans(
+    {chr(code): chr(0x2400 + code) for code in range(32)} | {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
+)
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens that are shown alike.
+
+    Attributes:
+        text: with signs for what cannot be seen.
+        level: of the highlight, 0 for none.
+        activation: of the latent; 0 where there is no highlight.
+    """
+
+    text: str
+    level: int
+    activation: float
+
+
+class Shown(NamedTuple):
+    """One head on the page.
+
+    Attributes:
+        label: of its model.
+        hook_name: its site.
+        head: in words.
+        tokens: on how many it was read.
+        features: those shown, in order.
+        dead: how many latents never fired.
+        left_out: how many that fired are not shown.
+        tokenizer: of the model.
+    """
+
+    label: str
+    hook_name: str
+    head: str
+    tokens: int
+    features: list[Feature]
+    dead: int
+    left_out: int
+    tokenizer: PreTrainedTokenizerBase
+
+    def runs(self, context: Context, largest: float) -> list[Run]:
+        """A context as runs of equal highlight; every highlighted token is one of its own."""
+        tokens = [
+            Run(self.text(token), _level(activation, largest), activation)
+            for token, activation in zip(context.tokens, context.activations, strict=True)
+        ]
+        merged: list[Run] = []
+        for is_plain, group in groupby(tokens, key=lambda run: run.level == 0):
+            own = list(group)
+            merged += [Run("".join(run.text for run in own), 0, 0.0)] if is_plain else own
+        return merged
+
+    def text(self, token: int) -> str:
+        """A token as it is shown."""
+        return self.tokenizer.decode([token]).translate(SIGNS)
+
+
+class Match(NamedTuple):
+    """A feature of the first head, and the nearest of the second.
+
+    Attributes:
+        first: None for a feature of the second head that is nobody's match.
+        second: None with one head, or where nothing correlates.
+        correlation: of their activations.
+    """
+
+    first: Feature | None
+    second: Feature | None
+    correlation: float | None
+
+
+def write_feature_page(
+    heads: Sequence[Shown], matches: Sequence[Match], text: str, command: str, output_dir: Path
+) -> Path:
+    """Write `index.html`.
+
+    Args:
+        heads: one, or two side by side.
+        matches: their features, in the order of the page.
+        text: where the tokens come from, for the reader.
+        command: that made the page.
+        output_dir: folder to write to; made if it is missing.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+    """
+    require_extra("jinja2")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "index.html"
+    found = sorted(match.correlation for match in matches if match.correlation is not None)
+    html = render_template(
+        "features.html.j2",
+        heads=heads,
+        matches=matches,
+        shown=[{feature.index for feature in head.features} for head in heads],
+        median=found[len(found) // 2] if found else None,
+        text=text,
+        command=command,
+        levels=LEVELS,
+    )
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def match_features(heads: Sequence[Shown], correlations: Tensor | None) -> list[Match]:
+    """Pair the features of two heads, or list those of one.
+
+    Args:
+        heads: one or two.
+        correlations: (d_sae, d_sae of the second) of their activations.
+    """
+    if len(heads) == 1 or correlations is None:
+        return [Match(feature, None, None) for feature in heads[0].features]
+    by_index = {feature.index: feature for feature in heads[1].features}
+    candidates = sorted(by_index)
+    matches = []
+    for feature in heads[0].features:
+        if candidates:
+            best = correlations[feature.index, candidates].max(dim=0)
+            second, correlation = by_index[candidates[int(best.indices)]], best.values.item()
+            matches.append(Match(feature, second, correlation))
+        else:
+            matches.append(Match(feature, None, None))
+    matched = {match.second.index for match in matches if match.second is not None}
+    alone = [feature for feature in heads[1].features if feature.index not in matched]
+    return matches + [Match(None, feature, None) for feature in alone]
+
+
+def _level(activation: float, largest: float) -> int:
+    if activation <= 0 or largest <= 0:
+        return 0
+    return max(1, min(LEVELS, round(LEVELS * activation / largest)))
