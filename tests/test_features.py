@@ -9,7 +9,6 @@ from pages import assert_self_contained, assert_shown, elements_of, needs_browse
 from tiny_checkpoint import save_stock_model, write_text
 
 from hf_saereg import cli
-from hf_saereg.loading import load_checkpoint
 from hf_saereg.corpora import character_tokenizer
 from hf_saereg.features import (
     Context,
@@ -23,6 +22,7 @@ from hf_saereg.features import (
 )
 from hf_saereg.heads import SAEHeadConfig, make_head
 from hf_saereg.heads.folder import save_heads
+from hf_saereg.loading import load_checkpoint
 from hf_saereg.report.feature_page import Shown, match_features
 
 SITE = "blocks.0.hook_resid_pre"

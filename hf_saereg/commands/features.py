@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_saereg.loading import load_checkpoint
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.errors import UserError
 from hf_saereg.features import Reader, Survey, describe, survey
@@ -25,6 +24,7 @@ from hf_saereg.fidelity import Batch
 from hf_saereg.fresh import fidelity_batches
 from hf_saereg.heads import SAEHead
 from hf_saereg.heads.folder import load_head, saved_hook_names
+from hf_saereg.loading import load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import parse_options
 from hf_saereg.processes import start_accelerator
