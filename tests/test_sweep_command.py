@@ -238,7 +238,7 @@ def test_a_models_own_heads_are_scored_beside(given, tmp_path):
         ({"d_sae": [-3]}, "d_sae"),
         ({"block_size": 64}, "context is 32"),
         ({"dataset": "./missing.txt"}, "missing.txt"),
-        ({"model": "./missing"}, "no folder ./missing"),
+        ({"model": "./missing"}, "neither a folder nor the name of a repository"),
         ({"target_10": [5]}, "did you mean 'target_l0'"),
     ],
 )
