@@ -52,6 +52,8 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch):
     # under a known name, because peak memory is measured in processes that know no other
     tiny = Shape(4, 4, 64, (512,) * 5, 128, 128, 256, 256, 256, 100)
     monkeypatch.setitem(SHAPES, "uniform512", tiny)
+    monkeypatch.setattr(step, "SCALES", (1, 2))  # each point is a head fitted in 100 steps
+    monkeypatch.setattr(step, "L0S", (10, 40))
     measured_memory = step.peak_memory
 
     def late_peak_memory(checkpoint, *words):  # a process each takes long to start
