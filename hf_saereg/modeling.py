@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
+from hf_saereg.cards import publish
 from hf_saereg.checkpoint import CheckpointError, find_checkpoint
 from hf_saereg.configuration import gpt2_hook_names
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
@@ -37,7 +38,7 @@ from hf_saereg.heads.folder import (
     save_heads,
     saved_hook_names,
 )
-from hf_saereg.hub import HUB_OPTIONS, PushArguments, push
+from hf_saereg.hub import HUB_OPTIONS, PushArguments
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
 from hf_saereg.splicing import Splice
 
@@ -265,7 +266,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
             save_heads(self.heads, Path(save_directory), metadata)
             if push_to_hub:
-                push(save_directory, repo_id, PushArguments(**options))
+                publish(save_directory, repo_id, PushArguments(**options))
 
     def push_to_hub(
         self,
@@ -291,7 +292,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, head_metadata=head_metadata, max_shard_size=max_shard_size)
-            return push(folder, repo_id, PushArguments(**options))
+            return publish(folder, repo_id, PushArguments(**options))
 
     @classmethod
     def from_pretrained(

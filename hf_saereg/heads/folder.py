@@ -31,7 +31,7 @@ from hf_saereg.layout import (
     HOOK_NAME,
     TRAINING_FILE,
     WEIGHTS_FILE,
-    is_local_path,
+    without_folder,
 )
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ def save_heads(
             of a path only the last name is kept.
     """
     heads = list(heads)
-    metadata = {name: _without_folder(value) for name, value in (metadata or {}).items()}
+    metadata = without_folder(metadata or {})
     # a head that has no form on disk is refused before anything is replaced
     configs = [_to_saelens(head, metadata) for head in heads]
     stale = set(saved_hook_names(checkpoint)) - {head.config.hook_name for head in heads}
@@ -87,10 +87,6 @@ def save_heads(
         if rest := _not_held(head.state_dict(), weights):
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-
-
-def _without_folder(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
 
 
 def _not_held(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
