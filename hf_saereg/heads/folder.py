@@ -220,16 +220,26 @@ def _with_weights(
         raise HeadFolderError(
             f"{folder / CONFIG_FILE} describes no usable head: {error}"
         ) from error
-    _check_tensors(weights, head.saelens_weights(), folder / WEIGHTS_FILE)
+    check_tensors(weights, head.saelens_weights(), folder / WEIGHTS_FILE)
     head.load_saelens_weights(weights)
     if rest:
         state = head.state_dict()
-        _check_tensors(rest, {k: v for k, v in state.items() if k in rest}, folder / TRAINING_FILE)
+        check_tensors(rest, {k: v for k, v in state.items() if k in rest}, folder / TRAINING_FILE)
         head.load_state_dict(state | rest, assign=True)
     return head
 
 
-def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Check names, shapes and finiteness of what a file holds.
+
+    Args:
+        found: tensors of the file.
+        expected: of the names and shapes that they must have.
+        path: of the file, for the message.
+
+    Raises:
+        HeadFolderError: if something differs.
+    """
     shapes, expected_shapes = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (found, expected)
