@@ -17,6 +17,7 @@ _MODULES = {
     "SAERegTrainer": "trainer",
     "character_tokenizer": "corpora",
     "load_blocks": "corpora",
+    "load_saelens_head": "heads.saelens",
     "make_head": "heads",
 }
 

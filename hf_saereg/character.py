@@ -16,12 +16,14 @@ import torch
 from datasets import DatasetDict
 from transformers import GPT2Config, PreTrainedTokenizerBase, set_seed
 
+from hf_saereg.cards import publish
 from hf_saereg.comparison import describe_setup
 from hf_saereg.configuration import CharacterModelArguments, HeadsArguments, TwinArguments
 from hf_saereg.corpora import CorpusArguments, character_tokenizer, collate_blocks, load_blocks
 from hf_saereg.grid import FreshHeadsArguments
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
+from hf_saereg.publishing import push_arguments
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer, last_complete_checkpoint
@@ -101,6 +103,7 @@ class CharacterJob:
         """
         arguments = copy.copy(self.arguments)
         arguments.output_dir = str(Path(self.arguments.output_dir) / name)
+        arguments.hub_model_id = self.repository(name)
         arguments.warmup_steps = self.twin.warmup_steps_of(name, arguments.warmup_steps)
         folder, start = Path(arguments.output_dir), time.monotonic()
         figures = finished_figures(folder)
@@ -117,8 +120,26 @@ class CharacterJob:
             )
             write_run(folder, arguments, self.options)
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)  # published by `publish`, with all figures
             trainer.save_state()  # with all that was logged
             figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
+            trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
         return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures
+
+    def repository(self, name: str) -> str:
+        """Name on the Hub of the model `plain` or `regularized`."""
+        run = self.arguments.hub_model_id or Path(self.arguments.output_dir).absolute().name
+        return run if name == "regularized" else f"{run}-{name}"
+
+    def publish(self) -> None:
+        """Push both models, if the options say so, with all that was measured of them by now.
+
+        Raises:
+            HubError: if the Hub cannot be reached or refuses.
+        """
+        if not (self.arguments.push_to_hub and self.arguments.should_save):
+            return
+        for name in ("plain", "regularized"):
+            folder = Path(self.arguments.output_dir) / name
+            publish(folder, self.repository(name), push_arguments(self.arguments))

@@ -28,6 +28,7 @@ MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TRAINING_RECORD = "training.json"
 CARD = "README.md"
 FIGURES = "figures"
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -44,11 +45,18 @@ PUBLISHED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    TRAINING_RECORD,
     CARD,
     "LICENSE",
 )
 # of the files in JSON these may hold a path; the others are vocabulary
-CONFIGURATIONS = (MODEL_CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG)
+CONFIGURATIONS = (
+    MODEL_CONFIG,
+    GENERATION_CONFIG,
+    ADAPTER_CONFIG,
+    TOKENIZER_CONFIG,
+    TRAINING_RECORD,
+)
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -162,3 +170,12 @@ def is_local_path(text: str) -> bool:
         path.is_absolute() and len(path.parts) > 2
         for path in (PurePosixPath(text), PureWindowsPath(text))
     )
+
+
+def without_folder(value: Any) -> Any:
+    """Of an absolute path the last name; anything else as it is, the values of a mapping too."""
+    if isinstance(value, dict):
+        return {name: without_folder(part) for name, part in value.items()}
+    if not isinstance(value, str) or not is_local_path(value):
+        return value
+    return (PureWindowsPath if "\\" in value else PurePosixPath)(value).name

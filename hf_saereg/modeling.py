@@ -26,9 +26,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
+from hf_saereg.cards import publish
 from hf_saereg.checkpoint import CheckpointError, find_checkpoint
 from hf_saereg.configuration import gpt2_hook_names
-from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.heads import HeadConfigError, SAEHead, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import (
     HeadFolderError,
@@ -38,7 +39,7 @@ from hf_saereg.heads.folder import (
     save_heads,
     saved_hook_names,
 )
-from hf_saereg.hub import HUB_OPTIONS, PushArguments, push
+from hf_saereg.hub import HUB_OPTIONS, PushArguments
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
 from hf_saereg.splicing import Splice
 
@@ -95,13 +96,22 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             HeadConfigError: if a site or width is not this model's, a head cannot be made, or
                 `term` asks for more sites than there are.
         """
-        self._set_heads(HeadBank(make_head(config) for config in configs))
+        self.place_heads(make_head(config) for config in configs)
         if term is not None:
             term.check_sites(len(self.heads))
             self.term = term
 
-    def _set_heads(self, heads: HeadBank) -> None:
-        for config in heads.configs:
+    def place_heads(self, heads: Iterable[SAEHead]) -> None:
+        """Put these heads on the stream, in place of those that were there.
+
+        Args:
+            heads: one a site, in stream order; from wherever they come.
+
+        Raises:
+            HeadConfigError: if a site or width is not this model's, or two heads sit on one site.
+        """
+        bank = HeadBank(heads)
+        for config in bank.configs:
             if config.hook_name not in self.hook_names:
                 raise HeadConfigError(
                     f"Unknown hook name {config.hook_name!r}; "
@@ -112,7 +122,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
                     f"The head on {config.hook_name} reads {config.d_in} dimensions, "
                     f"the model's stream has {self.config.n_embd}."
                 )
-        self.heads = heads.to(self.device).train(self.training)
+        self.heads = bank.to(self.device).train(self.training)
 
     @contextmanager
     def at_sites(self, functions: dict[str, SiteFunction]) -> Iterator[None]:
@@ -268,7 +278,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
             save_heads(self.heads, Path(save_directory), metadata)
             if push_to_hub:
-                push(save_directory, repo_id, PushArguments(**options))
+                publish(save_directory, repo_id, PushArguments(**options))
 
     def push_to_hub(
         self,
@@ -294,7 +304,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, head_metadata=head_metadata, max_shard_size=max_shard_size)
-            return push(folder, repo_id, PushArguments(**options))
+            return publish(folder, repo_id, PushArguments(**options))
 
     @classmethod
     def from_pretrained(
@@ -379,7 +389,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             check_matches([head.config for head in loaded], expected)
         order = {hook_name: i for i, hook_name in enumerate(self.hook_names)}
         loaded.sort(key=lambda head: order.get(head.config.hook_name, -1))
-        self._set_heads(HeadBank(loaded))
+        self.place_heads(loaded)
 
 
 def _on_first_argument(function: SiteFunction) -> Callable[[nn.Module, tuple], tuple | None]:

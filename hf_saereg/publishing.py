@@ -10,21 +10,24 @@ Notable:
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from hf_saereg.cards import publish, write_card
 from hf_saereg.errors import UserError
-from hf_saereg.hub import PushArguments, make_repository, push
+from hf_saereg.hub import PushArguments, make_repository
 from hf_saereg.layout import published_files
 
 logger = logging.getLogger(__name__)
 
+# how a training was watched and published is no part of what it computed
+NOT_PUBLISHED = ("hub_", "push_to_hub", "disable_tqdm", "run_name", "trackio", "resume_from")
 STRATEGIES = (HubStrategy.END, HubStrategy.EVERY_SAVE)
 
 
@@ -39,6 +42,41 @@ def check_strategy(strategy: HubStrategy) -> None:
             f"hub_strategy {strategy.value!r} would publish optimizer and random state, which are "
             "pickles; choose end or every_save."
         )
+
+
+def push_arguments(arguments: TrainingArguments, **changes: Any) -> PushArguments:
+    """How a training publishes.
+
+    Args:
+        arguments: of the training.
+        **changes: in place of what they say, where not None.
+    """
+    said = PushArguments(
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        commit_message="End of training",
+        token=arguments.hub_token,
+    )
+    return replace(said, **{name: value for name, value in changes.items() if value is not None})
+
+
+def changed_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """Options that differ from their defaults, as JSON; none that say where, or hold a secret.
+
+    Args:
+        arguments: of a training.
+    """
+    record = arguments.to_dict()
+    return {
+        option.name: record[option.name]
+        for option in fields(arguments)
+        if not option.name.startswith(NOT_PUBLISHED)
+        and not option.name.endswith(("_dir", "_token"))
+        and record[option.name] not in (None, option.default)
+        and (record[option.name] or option.default)  # [], 0 and false in place of none
+        and not isinstance(record[option.name], dict)
+        and option.default_factory is MISSING
+    }
 
 
 class PublishingTrainer(Trainer):
@@ -59,7 +97,7 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        arguments = self._push_arguments("", token=token, private=private)
+        arguments = push_arguments(self.args, token=token, private=private)
         self.hub_model_id = make_repository(repo, arguments)
 
     def push_to_hub(
@@ -94,21 +132,25 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        arguments = self._push_arguments(
-            commit_message, token=token, revision=revision, private=private
+        arguments = push_arguments(
+            self.args,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            private=private,
         )
-        job = (push, self.args.output_dir, self.hub_model_id, arguments)
+        job = (publish, self.args.output_dir, self.hub_model_id, arguments)
         return job[0](*job[1:]) if blocking else ThreadPoolExecutor(1).submit(*job)
 
-    def _push_arguments(self, commit_message: str, **changes: Any) -> PushArguments:
-        arguments = PushArguments(
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
-            commit_message=commit_message,
-            token=self.args.hub_token,
-        )
-        changes = {name: value for name, value in changes.items() if value is not None}
-        return replace(arguments, **changes)
+    def create_model_card(self, license: str | None = None) -> None:
+        """Write the card into the output folder, unless there is one that someone has edited.
+
+        Args:
+            license: of the model, in place of that of the arguments.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            write_card(folder, self.hub_model_id, license or self.args.model_license)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -126,7 +168,10 @@ class PublishingTrainer(Trainer):
             shutil.copyfile(Path(checkpoint_folder) / name, target)
         message = f"Training in progress, step {self.state.global_step}"
         self._pushing = ThreadPoolExecutor(1).submit(
-            _push_and_delete, copy, self.hub_model_id, self._push_arguments(message)
+            _push_and_delete,
+            copy,
+            self.hub_model_id,
+            push_arguments(self.args, commit_message=message),
         )
 
     def _finish_current_push(self) -> None:
@@ -138,6 +183,6 @@ class PublishingTrainer(Trainer):
 def _push_and_delete(copy: TemporaryDirectory, repo: str, arguments: PushArguments) -> None:
     with copy:
         try:
-            push(copy.name, repo, arguments)
+            publish(copy.name, repo, arguments)
         except Exception as error:  # whatever it is, it is no reason to stop a training
             logger.warning("%s The training goes on.", error)

@@ -114,7 +114,10 @@ class StudyCell:
         model = options.pop("model", REGULARIZED)
         words = ["--config", str(study.base), *as_words(options)]
         words += ["--seed", str(seed), "--output_dir", str(own), "--resume_from_checkpoint", "true"]
-        return cls(variant, seed, own, model, CharacterJob.from_options(words))
+        job = CharacterJob.from_options(words)
+        if job.arguments.push_to_hub:
+            raise StudyError("A study publishes nothing; push the folder of a finished model.")
+        return cls(variant, seed, own, model, job)
 
     def run(self) -> None:
         """Train and score; leaves `cell.json`."""

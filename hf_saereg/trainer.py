@@ -36,14 +36,16 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_saereg import kernels
+from hf_saereg.cards import LICENSE, write_card
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_matches, check_savable
 from hf_saereg.heads.health import CENTRES, centre, resample
+from hf_saereg.layout import TRAINING_RECORD, without_folder
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
-from hf_saereg.publishing import PublishingTrainer, check_strategy
-from hf_saereg.run_folder import write_json
+from hf_saereg.publishing import PublishingTrainer, changed_options, check_strategy
+from hf_saereg.run_folder import package_versions, write_json
 
 SESSION_FILE = "saereg_session.json"
 STATE_FILE = "trainer_state.json"
@@ -65,6 +67,7 @@ class SAERegArguments(TrainingArguments):
         b_dec_init_rows: how many rows.
         resample_every: steps after which dead latents get a new life; 0 for never.
         eval_fidelity: at each evaluation, also splice the heads into the model and score them.
+        model_license: of the published model, as the Hub abbreviates it.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
 
@@ -101,6 +104,9 @@ class SAERegArguments(TrainingArguments):
             "help": "At each evaluation also score the heads spliced into the model: CE increase, "
             "CE recovered and KL a site, compound; costs about four forward passes a site more."
         },
+    )
+    model_license: str = field(
+        default=LICENSE, metadata={"help": "License of the model, for its card."}
     )
 
     def __post_init__(self) -> None:
@@ -374,11 +380,7 @@ class SAERegTrainer(PublishingTrainer):
         head_of_train = self.train_dataset.select(range(n_blocks))
         eval_metrics = self.evaluate()
         train_metrics = self.evaluate(head_of_train, metric_key_prefix="train")
-        tokens = (
-            self.state.global_step
-            * self.get_total_train_batch_size(self.args)
-            * len(self.train_dataset[0]["input_ids"])
-        )
+        tokens = self.state.global_step * self._tokens_per_step()
         return {
             "eval_ce": eval_metrics["eval_loss"],
             "eval_objective": eval_metrics["eval_objective"],
@@ -428,6 +430,37 @@ class SAERegTrainer(PublishingTrainer):
         )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+        self.describe(Path(output_dir))
+
+    def describe(self, folder: Path) -> None:
+        """Write `training.json` and the card beside a saved model: what is known of it by now.
+
+        Args:
+            folder: of a checkpoint of this trainer.
+        """
+        name = self.model.config.name_or_path
+        evaluations = [log for log in self.state.log_history if "eval_loss" in log]
+        record = {
+            "base_model": name if name and not Path(name).exists() else None,
+            "dataset": (self.head_metadata or {}).get("dataset_path"),
+            "steps": self.state.global_step,
+            "tokens_per_step": self._tokens_per_step(),
+            "train_seconds": self.train_seconds,
+            "seed": self.args.seed,
+            "world_size": self.args.world_size,
+            "device": self.args.device.type,
+            "evaluation": evaluations[-1] if evaluations else {},
+            "options": changed_options(self.args),
+            "versions": package_versions(),
+        }
+        write_json(folder / TRAINING_RECORD, without_folder(record))
+        write_card(folder, self.hub_model_id, self.args.model_license)
+
+    def _tokens_per_step(self) -> int:
+        if self.train_dataset is None:
+            return 0
+        rows = self.get_total_train_batch_size(self.args)
+        return rows * len(self.train_dataset[0]["input_ids"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._clock_stopped():

@@ -313,20 +313,3 @@ def test_heads_of_a_larger_model_are_refused(saved, model):
     save_heads([head], saved)
     with pytest.raises(UserError, match=r"blocks\.2\.hook_resid_pre"):
         SAERegGPT2LMHeadModel.from_pretrained(saved)
-
-
-def test_sae_lens_reads_every_head_as_it_is(model, saved, input_ids):
-    sae_lens = pytest.importorskip("sae_lens")
-    with model.reading(model.hook_names) as activations:
-        model(input_ids)
-    for head in model.heads:
-        hook_name = head.config.hook_name
-        theirs = sae_lens.SAE.load_from_disk(saved / "saes" / hook_name)
-        x = activations[hook_name].flatten(0, 1)
-        torch.testing.assert_close(theirs.encode(x), head.encode(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(theirs(x), head(x), rtol=1e-5, atol=1e-5)
-        assert theirs.cfg.architecture() == head.config.architecture
-        assert theirs.cfg.metadata.hook_name == hook_name
-        assert theirs.cfg.metadata.context_size == 32
-        assert theirs.cfg.metadata.prepend_bos is False
-        assert not any(theirs.cfg.metadata.model_from_pretrained_kwargs.values())

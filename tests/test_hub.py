@@ -287,6 +287,7 @@ def test_trainer_pushes_at_the_end(trained):
     assert files.keys() >= ROOT_FILES | heads_of(*TRAINED_SITES) | {"tokenizer.json"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     assert hub.repositories["someone/end"].messages == ["Init", "End of training"]
+    assert files.keys() >= {"README.md", "training.json"}
     for name in ("model.safetensors", *heads_of(*TRAINED_SITES)):
         if name.endswith(".safetensors"):
             assert files[name] == (folder / "end" / name).read_bytes()

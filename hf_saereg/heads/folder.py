@@ -31,7 +31,7 @@ from hf_saereg.layout import (
     HOOK_NAME,
     TRAINING_FILE,
     WEIGHTS_FILE,
-    is_local_path,
+    without_folder,
 )
 
 FORMAT_VERSION = 1
@@ -82,7 +82,7 @@ def save_heads(
             of a path only the last name is kept.
     """
     heads = list(heads)
-    metadata = {name: _without_folder(value) for name, value in (metadata or {}).items()}
+    metadata = without_folder(metadata or {})
     # a head that has no form on disk is refused before anything is replaced
     configs = [_to_saelens(head, metadata) for head in heads]
     stale = set(saved_hook_names(checkpoint)) - {head.config.hook_name for head in heads}
@@ -97,10 +97,6 @@ def save_heads(
         if rest := _not_held(head.state_dict(), weights):
             save_file(_on_cpu(rest), folder / TRAINING_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-
-
-def _without_folder(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and is_local_path(value) else value
 
 
 def _not_held(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,16 +230,26 @@ def _with_weights(
         raise HeadFolderError(
             f"{folder / CONFIG_FILE} describes no usable head: {error}"
         ) from error
-    _check_tensors(weights, head.saelens_weights(), folder / WEIGHTS_FILE)
+    check_tensors(weights, head.saelens_weights(), folder / WEIGHTS_FILE)
     head.load_saelens_weights(weights)
     if rest:
         state = head.state_dict()
-        _check_tensors(rest, {k: v for k, v in state.items() if k in rest}, folder / TRAINING_FILE)
+        check_tensors(rest, {k: v for k, v in state.items() if k in rest}, folder / TRAINING_FILE)
         head.load_state_dict(state | rest, assign=True)
     return head
 
 
-def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Check names, shapes and finiteness of what a file holds.
+
+    Args:
+        found: tensors of the file.
+        expected: of the names and shapes that they must have.
+        path: of the file, for the message.
+
+    Raises:
+        HeadFolderError: if something differs.
+    """
     shapes, expected_shapes = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (found, expected)

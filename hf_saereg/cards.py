@@ -1,0 +1,178 @@
+"""The card of a published model: facts from its folder, a template, `huggingface_hub`'s metadata.
+
+Notable:
+- the templates are `model_cards/*.md.j2`: character model, fine-tuned GPT-2, LoRA adapter
+- a card that someone has edited is left as it is: the last line of ours says what it was
+- `publish` makes the card name the repository, then pushes
+"""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import CommitInfo, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_saereg.card_facts import FIGURE_TITLES, RESULTS_FILE, CardFacts, read_facts
+from hf_saereg.hub import PushArguments, make_repository, push
+from hf_saereg.layout import CARD, FIGURES
+
+TAGS = ("sae-regularization", "saelens")
+LICENSE = "mit"
+MARK = re.compile(r"\n<!-- hf-saereg ([0-9a-f]{12}) -->\n\Z")
+
+SITE_METRICS = {
+    "l0": "L0",
+    "fvu": "fraction of variance unexplained",
+    "dead": "fraction of dead latents",
+    "ce_increase": "CE increase",
+}
+
+
+def publish(folder: str | Path, repo: str, arguments: PushArguments | None = None) -> CommitInfo:
+    """Give a checkpoint's folder a card that names the repository, and push it.
+
+    Args:
+        folder: what `save_pretrained` or a trainer wrote.
+        repo: `user/name`, or `name` in one's own namespace; made if it does not exist.
+        arguments: how.
+
+    Returns:
+        The commit; as text its address.
+
+    Raises:
+        PublishingError: if the folder is no checkpoint, or holds what may not be published.
+        HubError: if the Hub cannot be reached or refuses.
+    """
+    arguments = arguments or PushArguments()
+    if "/" not in repo:
+        repo = make_repository(repo, arguments)
+    write_card(Path(folder), repo)
+    return push(folder, repo, arguments)
+
+
+def write_card(folder: Path, repo: str | None = None, license_name: str = LICENSE) -> Path:
+    """Write `README.md`, unless there is one that someone has edited.
+
+    Args:
+        folder: of a checkpoint.
+        repo: what the snippets load, `user/name`; the folder's name by default.
+        license_name: of the model, as the Hub abbreviates it.
+    """
+    path = folder / CARD
+    if path.is_file():
+        old = path.read_text(encoding="utf-8")
+        if not is_unedited(old):
+            return path
+        license_name = ModelCard(old).data.license or license_name
+    _copy_figures(folder)
+    facts = read_facts(folder, repo or folder.absolute().name)
+    path.write_text(make_card(facts, license_name), encoding="utf-8")
+    return path
+
+
+def make_card(facts: CardFacts, license_name: str = LICENSE) -> str:
+    """The text of a card.
+
+    Args:
+        facts: all that it says.
+        license_name: of the model.
+    """
+    data = card_data(facts, license_name)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_templates()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3g}"
+    template = environment.get_template(f"{facts.kind}.md.j2")
+    text = template.render(card_data=data.to_yaml(), facts=facts)
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return f"{ModelCard(text)}\n<!-- hf-saereg {_digest(str(ModelCard(text)))} -->\n"
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a card is as `make_card` made it."""
+    found = MARK.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()])
+
+
+def card_data(facts: CardFacts, license_name: str = LICENSE) -> ModelCardData:
+    """The metadata of a card, with the figures as evaluation results.
+
+    Args:
+        facts: all that it says.
+        license_name: of the model.
+    """
+    results = _eval_results(facts)
+    return ModelCardData(
+        license=license_name,
+        library_name="peft" if facts.kind == "lora" else "transformers",
+        pipeline_tag="text-generation",
+        base_model=facts.base_model,
+        datasets=[facts.dataset] if _is_on_hub(facts.dataset) else None,
+        tags=[*TAGS, *sorted({site.family for site in facts.sites})],
+        model_name=facts.title,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    shared = {
+        "task_type": "text-generation",
+        "dataset_type": facts.dataset or "text",
+        "dataset_name": f"{facts.dataset or 'text'}, validation part",
+        "dataset_split": "validation",
+    }
+    figures = []
+    if "eval_loss" in facts.evaluation:
+        figures.append(
+            ("cross-entropy", "cross-entropy, nats a token", facts.evaluation["eval_loss"])
+        )
+    for site in facts.sites:
+        figures += [
+            (name, f"{label} at {site.hook_name}", getattr(site, name))
+            for name, label in SITE_METRICS.items()
+        ]
+    for row in facts.compound:
+        label = f"compound CE increase, {row['source']} {row['family']} {row['sparsity']}"
+        figures.append(("compound_ce_increase", label, row["ce_increase"]))
+    return [
+        EvalResult(metric_type=kind, metric_name=label, metric_value=round(value, 6), **shared)
+        for kind, label, value in figures
+        if value is not None
+    ]
+
+
+def _is_on_hub(dataset: str | None) -> bool:
+    if not dataset or "/" not in dataset:
+        return False
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _copy_figures(folder: Path) -> None:
+    """From the comparison one folder above, where there is one."""
+    above = folder.absolute().parent
+    if not (above / RESULTS_FILE).is_file():
+        return
+    for file in FIGURE_TITLES:
+        if (above / FIGURES / file).is_file():
+            (folder / FIGURES).mkdir(exist_ok=True)
+            shutil.copyfile(above / FIGURES / file, folder / FIGURES / file)
+
+
+def _templates() -> Path:
+    installed = Path(__file__).parent / "model_cards"  # setup.cfg puts it there
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "model_cards"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
