@@ -78,15 +78,14 @@ def score_model(
     kept.lap("fidelity")
     if unfinished:
         shared = SharedTraining.of(model, blocks["train"], sweep.schedule, sweep.seed)
-        trainings = _train(name, shared, unfinished, sweep, kept)
-        for training in tqdm(
-            trainings, f"Scoring them on {name}", dynamic_ncols=True, disable=not kept.is_main
-        ):
-            heads = shared.finished(training)
-            whole, half = fidelity_of_each(model, heads._asdict(), batches, base).values()
-            save_heads(heads.whole, kept.heads_folder(training.cell), {"model_name": name})
-            kept.finish(training.cell.name, *_rows(_labels(name, training.cell), whole, half))
-            kept.lap("fidelity")
+        for cells in sweep.groups(unfinished):
+            trained = _train(name, shared, cells, sweep, kept)
+            for training in _bar(trained, f"Scoring them on {name}", kept):
+                heads = shared.finished(training)
+                whole, half = fidelity_of_each(model, heads._asdict(), batches, base).values()
+                save_heads(heads.whole, kept.heads_folder(training.cell), {"model_name": name})
+                kept.finish(training.cell.name, *_rows(_labels(name, training.cell), whole, half))
+                kept.lap("fidelity")
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return kept.results(name, [cell.name for cell in sweep.cells])
@@ -185,6 +184,10 @@ def _train(
 
     shared.run(trainings, f"Fresh SAEs on {name}", keep, show_progress=kept.is_main)
     return trainings
+
+
+def _bar(trainings: list[CellTraining], description: str, kept: _Kept) -> tqdm:
+    return tqdm(trainings, description, dynamic_ncols=True, disable=not kept.is_main)
 
 
 def _labels(name: str, cell: Cell) -> dict[str, Any]:

@@ -145,6 +145,12 @@ class Sweep:
     seed: int  # of the order of the text, the same for all cells
     fidelity_blocks: int  # validation blocks on which heads are scored
     save_steps: int = 200  # steps after which unfinished heads are kept
+    cells_at_once: int | None = None  # that share a forward pass; all by default
+
+    def groups(self, cells: Sequence[Cell]) -> list[Sequence[Cell]]:
+        """Cells that are trained together, one group after the other."""
+        size = self.cells_at_once or max(len(cells), 1)
+        return [cells[first : first + size] for first in range(0, len(cells), size)]
 
 
 def sparsity_option(architecture: str) -> str:

@@ -1,5 +1,6 @@
 """`saereg sweep`: results and heads of a stock checkpoint, kill and resume, two processes."""
 
+import configparser
 import json
 import math
 import os
@@ -7,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import torch
-from launching import launch_two
+from launching import REPOSITORY, launch_two
 from safetensors.torch import load_file
 from tiny_checkpoint import SITES, save_stock_model, write_text
 
@@ -182,6 +184,11 @@ def test_a_sweep_killed_while_it_scored_goes_on_with_the_rest(given, swept, tmp_
     assert results_of(tmp_path / "out")["rows"] == results_of(swept)["rows"]
 
 
+def test_cells_trained_one_after_the_other_end_alike(given, swept, tmp_path):
+    assert saereg(*words(given, tmp_path / "out", cells_at_once=3)) is None
+    assert_same_heads(tmp_path / "out", swept)
+
+
 def test_a_grid_may_grow(given, swept, tmp_path):
     """Cells at other steps of their training, trained together, end as if alone."""
     out = tmp_path / "out"
@@ -250,6 +257,14 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(given, tmp_path, changes,
 
 def test_an_unknown_command_names_its_neighbour():
     assert "did you mean 'sweep'" in saereg("swep")
+
+
+def test_the_command_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    (line,) = setup["options.entry_points"]["console_scripts"].split("\n")[1:]
+    module, _, function = line.removeprefix("saereg = ").partition(":")
+    assert getattr(import_module(module), function) is cli.main
 
 
 def test_help_lists_every_command(capsys):

@@ -41,7 +41,7 @@ from hf_saereg.run_folder import (
 
 # what may differ between a sweep and its continuation
 GROWING = ("families", "target_l0", "d_sae", "seeds")
-MACHINE = ("model", "tokenizer", "output_dir", "use_cpu", "save_steps")
+MACHINE = ("model", "tokenizer", "output_dir", "use_cpu", "save_steps", "cells_at_once")
 
 
 @dataclass
@@ -79,6 +79,10 @@ class SweepArguments:
     save_steps: int = field(
         default=200, metadata={"help": "Steps after which unfinished heads are kept."}
     )
+    cells_at_once: int | None = field(
+        default=None,
+        metadata={"help": "Cells that share a forward pass; all by default, fewer save memory."},
+    )
     model_name: str | None = field(
         default=None, metadata={"help": "The model's name in tables; its folder's by default."}
     )
@@ -91,9 +95,10 @@ class SweepArguments:
 
     def __post_init__(self) -> None:
         self.schedule.check(steps="max_steps")
-        for name in ("fidelity_blocks", "save_steps"):
-            if getattr(self, name) < 1:
-                raise HeadConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("fidelity_blocks", "save_steps", "cells_at_once"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise HeadConfigError(f"{name} is {number}; it must be at least 1.")
         for name in GROWING:
             if not getattr(self, name):
                 raise HeadConfigError(f"{name} is empty; there is no head to train.")
@@ -129,7 +134,7 @@ class SweepArguments:
 
     def sweep(self) -> Sweep:
         """What is asked of the model."""
-        own = (self.text_seed, self.fidelity_blocks, self.save_steps)
+        own = (self.text_seed, self.fidelity_blocks, self.save_steps, self.cells_at_once)
         return Sweep(tuple(self.cells()), self.schedule, *own)
 
 
