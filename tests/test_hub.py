@@ -14,6 +14,7 @@ import torch
 from conftest import REPOSITORY, SITES
 from loopback_hub import TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
+from tiny_recipe import configuration
 from training_job import SITES as TRAINED_SITES
 
 PRE_0, PRE_1, POST = SITES
@@ -527,3 +528,32 @@ def test_bad_repositories_and_connections_end_in_one_sentence(hub, checkpoint, t
     [offline] = run_calls(hub, tmp_path / "offline", calls[:1], HF_HUB_OFFLINE="1")
     one_sentence(offline, "someone/bert", "HF_HUB_OFFLINE")
     assert len(hub.requests) == before
+
+
+@pytest.mark.slow
+def test_recipe_publishes_both_models_with_what_was_measured(hub, tmp_path):
+    config = configuration(
+        tmp_path, push_to_hub=True, hub_model_id="someone/plays", hub_strategy="end", max_steps=10
+    )
+    environment = os.environ | hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    recipe = REPOSITORY / "recipes" / "train_character.py"
+    done = subprocess.run(
+        [sys.executable, recipe, "--config", config],
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories.keys() == {"someone/plays", "someone/plays-plain"}
+    files = hub.files("someone/plays")
+    assert files.keys() >= ROOT_FILES | {"README.md", "tokenizer.json", "figures/compound.png"}
+    assert not [name for name in hub.files("someone/plays-plain") if name.startswith("saes/")]
+    card = files["README.md"].decode()
+    assert "| co-trained | standard |" in card and "| fresh | topk | 2 |" in card
+    assert 'from_pretrained("someone/plays")' in card
+    for data in (data for files in map(hub.files, hub.repositories) for data in files.values()):
+        assert str(tmp_path).encode() not in data and TOKEN.encode() not in data
+    record = (tmp_path / "run" / "run.json").read_text()
+    assert TOKEN not in record

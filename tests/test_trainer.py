@@ -637,7 +637,7 @@ def test_no_pickle_lies_beside_the_weights(uninterrupted):
     resume_only = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     for path in files:
         is_resume_file = path.parent.name.startswith("checkpoint-") and path.name in resume_only
-        assert is_resume_file or path.suffix in (".safetensors", ".json"), path
+        assert is_resume_file or path.suffix in (".safetensors", ".json", ".md"), path
     assert {"model.safetensors", "config.json"} <= {path.name for path in folder.iterdir()}
 
 

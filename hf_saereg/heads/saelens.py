@@ -108,8 +108,10 @@ def _as_ours(family: str, cfg: dict[str, Any], weights: dict[str, Tensor]) -> di
     if family == "batchtopk" and "topk_threshold" in weights:
         threshold = weights.pop("topk_threshold").to(weights["b_enc"])
         weights["threshold"] = threshold.expand(cfg["d_sae"]).clone()
-    if "threshold" in weights:  # a feature is positive before its threshold is asked
-        weights["threshold"] = weights["threshold"].clamp(min=0)
+    if "threshold" in weights:
+        # a feature is positive before its threshold is asked, and ours has a logarithm
+        tiny = torch.finfo(weights["threshold"].dtype).tiny
+        weights["threshold"] = weights["threshold"].clamp(min=tiny)
     if cfg.get("rescale_acts_by_decoder_norm"):
         norm = weights["W_dec"].norm(dim=-1)
         weights["W_enc"] = weights["W_enc"] * norm
