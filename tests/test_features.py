@@ -281,7 +281,7 @@ def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
         (["one", "two"], {"saes": ["cell"]}, "1 folders for 2 models"),
         (["one", "two", "one"], {}, "3 models"),
         (["one"], {"blocks": 0}, "blocks is 0"),
-        (["three"], {}, "no folder"),
+        (["three"], {}, "neither a folder nor"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_in_one_sentence(
