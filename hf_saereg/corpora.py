@@ -250,7 +250,8 @@ def load_documents(arguments: CorpusArguments) -> Dataset:
     return Dataset.from_generator(
         _first_characters,
         features=Features({"text": Value("large_string")}),
-        gen_kwargs={"documents": documents, "limit": arguments.max_characters},
+        # a list would be taken for shards, and the limit for that of each
+        gen_kwargs={"documents": tuple(documents), "limit": arguments.max_characters},
     )
 
 

