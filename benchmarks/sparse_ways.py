@@ -100,13 +100,16 @@ def head_seconds(head: SAEHead, x: Tensor, repeats: int, compiled: bool) -> dict
         repeats: rounds of which the median is taken.
         compiled: also by `torch.compile`, of whole arrays.
     """
-    whole = torch.compile(naive_losses) if compiled else naive_losses
+    whole = torch.compile(naive_losses)  # compiles when it is first called
 
     def run(name: str) -> None:
         own = x.clone().requires_grad_()
         head.zero_grad()
-        head.kernel = name if name in ("sparse", "dense") else "auto"
-        losses = head.losses(own) if name in ("sparse", "dense") else whole(head, own)
+        if name == "compiled":
+            losses = whole(head, own)
+        else:
+            head.kernel = name
+            losses = head.losses(own)
         (losses.reconstruction + losses.sparsity).backward()
 
     names = ["sparse", "dense", *(["compiled"] if compiled else [])]
