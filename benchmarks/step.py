@@ -1,6 +1,8 @@
 """What a training step costs, by the path that computes the term.
 
-    python -m benchmarks.step --shape published --json published.json --figure published.png
+    python -m benchmarks.step --shape published --json published.json
+
+writes published.png too: cost against d_sae and against L0; `--figure none` saves that time.
 
 Paths: the plain step; the floor, which is the plain step and the encoders' forward products; the
 naive way, whole arrays and autograd; on a GPU the same compiled; and every kernel of ours that runs
@@ -247,7 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--figure", type=Path, help="draw cost against d_sae and L0 there")
+    parser.add_argument("--figure", help="where cost against d_sae and L0 is drawn; or none; by "
+                        "default beside the JSON, as .png")  # fmt: skip
     parser.add_argument("--story", type=int, nargs="?", const=300, metavar="STEPS",
                         help="also train on every path from the same seed")  # fmt: skip
     parser.add_argument("--checkpoints", type=Path, help="folder of early, midway and late")
@@ -289,12 +292,12 @@ def main() -> None:
     }
     if options.story:
         results["story"] = measure_story(shape, options.story, precision)
-    if options.figure:
+    if options.figure != "none":
         from benchmarks.figure import draw  # matplotlib is an extra
 
         results["scaling"] = measure_scaling(saved["late"], *common)
         results["cost_of_doubling_d_sae"] = cost_of_doubling(results["scaling"]["by_d_sae"])
-        draw(results).savefig(options.figure, dpi=160)
+        draw(results).savefig(options.figure or options.json.with_suffix(".png"), dpi=160)
     write_json(options.json, results)
     print(_table(results))
 
