@@ -33,7 +33,7 @@ def peak_memory(checkpoint: Path, shape: str, tokens: int, precision: str, path:
         checkpoint: of model and heads.
         shape: its name.
         tokens: of the step.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
         path: one of `paths.path_names`.
     """
     words = [str(checkpoint), shape, str(tokens), precision, path]

@@ -53,6 +53,12 @@ class TermOptions:
     sites_per_step: int | None = field(
         default=None, metadata={"help": "Sites that a step's term covers, in turn; all by default."}
     )
+    term_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Autocast the heads' losses to bfloat16, even if the model trains in float32."
+        },
+    )
     splice_weight: float = field(
         default=0.0, metadata={"help": "α, weight of the loss with reconstructions spliced in."}
     )
