@@ -11,7 +11,8 @@ here.
 Notable:
 - heads and activations come from a short real run, see `benchmarks.training`: made on first use, in
   `runs/benchmarks/SHAPE` or the folder that `--checkpoints` names
-- paths take turns in one process, and medians are compared: a shared machine is noisy
+- paths take turns in one process, each twice a turn, and medians of the second times are compared:
+  a shared machine is noisy, and a path slows the next one
 - precision is the one that our default path is fastest with: float32, bfloat16 autocast of all, or
   of the heads alone (`term_bf16`); the plain step of that row then has float32
 """
@@ -41,19 +42,22 @@ L0S = (5, 10, 20, 40, 80, 160)
 
 
 def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, after a warm-up round.
+    """Median seconds of each, taking turns; of two runs a turn only the second is timed.
+
+    The first gives back what the one before left behind: after a path of large arrays the system
+    has taken its pages away, and the next one would pay for getting some again.
 
     Args:
         contestants: by name.
-        repeats: rounds that count.
+        repeats: rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, contestant in contestants.items():
+            contestant()
             start = time.perf_counter()
             contestant()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
