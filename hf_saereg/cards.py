@@ -3,7 +3,8 @@
 Notable:
 - the templates are `model_cards/*.md.j2`: character model, fine-tuned GPT-2, LoRA adapter
 - a card that someone has edited is left as it is: the last line of ours says what it was
-- `publish` makes the card name the repository, then pushes
+- `publish` is the one way to the Hub: it checks the folder, makes the card name the repository,
+  and uploads
 """
 
 import hashlib
@@ -17,8 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_saereg.card_facts import FIGURE_TITLES, RESULTS_FILE, CardFacts, read_facts
-from hf_saereg.hub import PushArguments, make_repository, push
-from hf_saereg.layout import CARD, FIGURES
+from hf_saereg.hub import PushArguments, make_repository, upload
+from hf_saereg.layout import CARD, FIGURES, PublishingError, check_files, check_publishable
 
 TAGS = ("sae-regularization", "saelens")
 LICENSE = "mit"
@@ -33,10 +34,10 @@ SITE_METRICS = {
 
 
 def publish(folder: str | Path, repo: str, arguments: PushArguments | None = None) -> CommitInfo:
-    """Give a checkpoint's folder a card that names the repository, and push it.
+    """Publish a checkpoint, its heads and a card that names the repository, in one commit.
 
     Args:
-        folder: what `save_pretrained` or a trainer wrote.
+        folder: what `save_pretrained` or a trainer wrote; only its card may change.
         repo: `user/name`, or `name` in one's own namespace; made if it does not exist.
         arguments: how.
 
@@ -44,33 +45,49 @@ def publish(folder: str | Path, repo: str, arguments: PushArguments | None = Non
         The commit; as text its address.
 
     Raises:
-        PublishingError: if the folder is no checkpoint, or holds what may not be published.
+        PublishingError: if the folder is no checkpoint, or holds what may not be published; before
+            the Hub is asked.
         HubError: if the Hub cannot be reached or refuses.
     """
-    arguments = arguments or PushArguments()
-    if "/" not in repo:
-        repo = make_repository(repo, arguments)
-    write_card(Path(folder), repo)
-    return push(folder, repo, arguments)
+    folder, arguments = Path(folder), arguments or PushArguments()
+    check_publishable(folder, arguments.token)
+    _check_license(folder / CARD, arguments.license)
+    repo = make_repository(repo, arguments)
+    card = write_card(folder, repo, arguments.license)
+    check_files(folder, [card.name], arguments.token)
+    return upload(folder, repo, arguments)
 
 
-def write_card(folder: Path, repo: str | None = None, license_name: str = LICENSE) -> Path:
+def _check_license(card: Path, license_name: str | None) -> None:
+    if license_name is None or not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    said = ModelCard(text).data.license
+    if not is_unedited(text) and said != license_name:
+        raise PublishingError(
+            f"{card} was edited by hand and says license {said}, not {license_name}; change it "
+            "there, or leave out `license`."
+        )
+
+
+def write_card(folder: Path, repo: str | None = None, license_name: str | None = None) -> Path:
     """Write `README.md`, unless there is one that someone has edited.
 
     Args:
         folder: of a checkpoint.
         repo: what the snippets load, `user/name`; the folder's name by default.
-        license_name: of the model, as the Hub abbreviates it.
+        license_name: of the model, as the Hub abbreviates it; by default that of the card that is
+            there, or mit.
     """
     path = folder / CARD
     if path.is_file():
         old = path.read_text(encoding="utf-8")
         if not is_unedited(old):
             return path
-        license_name = ModelCard(old).data.license or license_name
+        license_name = license_name or ModelCard(old).data.license
     _copy_figures(folder)
     facts = read_facts(folder, repo or folder.absolute().name)
-    path.write_text(make_card(facts, license_name), encoding="utf-8")
+    path.write_text(make_card(facts, license_name or LICENSE), encoding="utf-8")
     return path
 
 

@@ -8,7 +8,7 @@ Notable:
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -49,6 +49,7 @@ PUBLISHED = (
     CARD,
     "LICENSE",
 )
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # of the files in JSON these may hold a path; the others are vocabulary
 CONFIGURATIONS = (
     MODEL_CONFIG,
@@ -94,27 +95,48 @@ def is_published(name: str) -> bool:
     return False
 
 
-def check_publishable(folder: Path, names: Sequence[str], token: str | None = None) -> None:
-    """Check what is about to be published.
+def check_publishable(folder: Path, token: str | None = None) -> None:
+    """Check that a folder holds a checkpoint, and that its files may be published.
 
     Args:
         folder: of a checkpoint.
-        names: of the files, from `published_files`.
-        token: must not be in any of them.
+        token: must not be in any file.
 
     Raises:
         PublishingError: if there is no model or adapter, a file is damaged, weights are not finite,
             or a text holds a token or a path of this machine.
     """
+    if not folder.is_dir():
+        raise PublishingError(
+            f"There is no folder {folder}; name the one that a model was saved to."
+        )
+    names = published_files(folder)
     if not {MODEL_CONFIG, ADAPTER_CONFIG} & set(names):
         raise PublishingError(
             f"{folder} holds no checkpoint ({MODEL_CONFIG} and model.safetensors); name the folder "
             "that a model was saved to."
         )
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        never = f" (pickles, such as {pickles[0]}, are never published)" if pickles else ""
         raise PublishingError(
-            f"{folder} has no weights in safetensors; save the model there first."
+            f"{folder} has no weights in safetensors{never}; save the model there first."
         )
+    check_files(folder, names, token)
+
+
+def check_files(folder: Path, names: Iterable[str], token: str | None = None) -> None:
+    """Check that files may be published.
+
+    Args:
+        folder: of a checkpoint.
+        names: of files in it that are on the allow-list.
+        token: must not be in any of them.
+
+    Raises:
+        PublishingError: if a file is damaged, weights are not finite, or a text holds a token or a
+            path of this machine.
+    """
     for name in names:
         path = folder / name
         if name.endswith(".safetensors"):

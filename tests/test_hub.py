@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY, SITES
+from launching import run_python, start_python
 from loopback_hub import TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 from tiny_recipe import configuration
@@ -30,17 +28,9 @@ def run_calls(hub, folder, calls, token=TOKEN, **variables):
     """Results of calls made one after the other in a fresh process with an empty cache."""
     folder.mkdir(exist_ok=True)
     (folder / "calls.json").write_text(json.dumps(calls))
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment = inherited | hub.environment(folder / "home", token) | variables
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tests" / "hub_client.py", "calls.json", "results.json"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    client = REPOSITORY / "tests" / "hub_client.py"
+    environment = hub.environment(folder / "home", token) | variables
+    done = start_python(client, "calls.json", "results.json", folder=folder, **environment)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
@@ -64,14 +54,6 @@ def one_sentence(result, *culprits):
 def contents(folder):
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub() as running:
-        yield running
-    assert not running.tokens_at_storage, "a token was sent to where large files lie"
-    assert not running.unknown, "the client asked for what this Hub does not speak"
 
 
 @pytest.fixture
@@ -99,10 +81,10 @@ def checkpoint(model, tmp_path):
 def test_push_publishes_the_layout_and_nothing_else(hub, checkpoint, tmp_path):
     before = contents(checkpoint)
     calls = [
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model"},
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model"},
-        {"do": "push", "folder": str(checkpoint), "repo": "bare-name", "revision": "next/one"},
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model", "create_pr": True}
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "bare-name", "revision": "next/one"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model", "create_pr": True}
         | {"commit_message": "A proposal"},
     ]
     commits = values(run_calls(hub, tmp_path / "client", calls))
@@ -134,17 +116,17 @@ def test_push_deletes_the_heads_and_shards_that_are_no_more(hub, model, checkpoi
     old = dict.fromkeys(("model-00001-of-00002.safetensors", "model.safetensors.index.json"), b"0")
     kept = dict.fromkeys(("tokenizer.json", "notes.md", "saes/README.md", "LICENSE"), b"theirs")
     hub.put("someone/model", {**old, **kept, ".gitattributes": b""})
-    calls = [{"do": "push", "folder": str(checkpoint), "repo": "someone/model"}]
-    values(run_calls(hub, tmp_path / "first", calls))
-    assert hub.files("someone/model").keys() >= kept.keys() | heads_of(*SITES)
-    assert not old.keys() & hub.files("someone/model").keys()
-
     model.attach_heads([model.heads.configs[1]])
-    model.save_pretrained(checkpoint)
-    values(run_calls(hub, tmp_path / "second", calls))
-    heads = {name for name in hub.files("someone/model") if name.startswith("saes/blocks")}
-    assert heads == heads_of(PRE_1)
-    assert hub.files("someone/model").keys() >= kept.keys()
+    model.save_pretrained(tmp_path / "later")
+    folders = [checkpoint, tmp_path / "later"]
+    calls = [{"do": "publish", "folder": str(f), "repo": "someone/model"} for f in folders]
+    values(run_calls(hub, tmp_path / "client", calls))
+    commits = hub.repositories["someone/model"].commits
+    _, first, second = (files.keys() for files in commits.values())
+    assert first >= kept.keys() | heads_of(*SITES)
+    assert not old.keys() & first
+    assert {name for name in second if name.startswith("saes/blocks")} == heads_of(PRE_1)
+    assert second >= kept.keys()
 
 
 def spoil_tensor(folder):
@@ -167,7 +149,8 @@ def edit_json(name, **changes):
         (spoil_tensor, ["model.safetensors", "NaN", "transformer.ln_f.bias"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04."), ["damaged", "model.safe"]),
         (lambda f: (f / "config.json").unlink(), ["holds no checkpoint"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["no weights in safetensors"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["no weights", "pickles", "never"]),
+        (shutil.rmtree, ["no folder", "checkpoint"]),
         (lambda f: (f / "README.md").write_text(f"# In {Path.home()}/runs"), ["README.md", "path"]),
         (lambda f: (f / "README.md").write_text(f"token {TOKEN}"), ["README.md", "token"]),
         (lambda f: (f / "README.md").write_bytes(b"\xff"), ["README.md", "damaged"]),
@@ -181,13 +164,14 @@ def test_what_may_not_be_published_is_refused_before_the_hub_is_asked(
     checkpoint, monkeypatch, damage, culprits
 ):
     from hf_saereg import hub
+    from hf_saereg.cards import publish
     from hf_saereg.errors import UserError
 
     monkeypatch.setattr(hub, "HfApi", None)  # calling it would raise
     monkeypatch.setenv("HOME", "/home/someone")
     damage(checkpoint)
     with pytest.raises(UserError) as caught:
-        hub.push(checkpoint, "someone/model")
+        publish(checkpoint, "someone/model")
     assert "\n" not in str(caught.value)
     for culprit in culprits:
         assert culprit in str(caught.value)
@@ -199,7 +183,7 @@ def test_failures_while_pushing_end_in_one_sentence_and_lose_nothing(hub, checkp
     before = contents(checkpoint)
     largest = max(before, key=lambda name: len(before[name]) * name.endswith(".safetensors"))
     oid = hashlib.sha256(before[largest]).hexdigest()
-    call = {"do": "push", "folder": str(checkpoint)}
+    call = {"do": "publish", "folder": str(checkpoint)}
     hub.put("someone/kept", {"config.json": b"old"})
     calls = [
         call | {"repo": "someone/wrong-token", "token": "hf_" + "wrong" * 7},
@@ -535,17 +519,8 @@ def test_recipe_publishes_both_models_with_what_was_measured(hub, tmp_path):
     config = configuration(
         tmp_path, push_to_hub=True, hub_model_id="someone/plays", hub_strategy="end", max_steps=10
     )
-    environment = os.environ | hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
-    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    recipe = REPOSITORY / "recipes" / "train_character.py"
-    done = subprocess.run(
-        [sys.executable, recipe, "--config", config],
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    environment = {**hub.environment(tmp_path / "home"), "HF_DATASETS_CACHE": tmp_path / "cache"}
+    run_python(REPOSITORY / "recipes" / "train_character.py", "--config", config, **environment)
     assert hub.repositories.keys() == {"someone/plays", "someone/plays-plain"}
     files = hub.files("someone/plays")
     assert files.keys() >= ROOT_FILES | {"README.md", "tokenizer.json", "figures/compound.png"}

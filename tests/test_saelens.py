@@ -167,8 +167,7 @@ def test_their_sae_serves_as_a_head(plain_model, input_ids, tmp_path):
     head = load_saelens_head(tmp_path / "theirs", reconstruction_weight=2.0)
     assert head.config.reconstruction_weight == 2.0
     batches = [{"input_ids": input_ids, "labels": input_ids}]
-    clean_ce = baselines(plain_model, batches).clean_ce
-    scores = fidelity(plain_model, HeadBank([head]), batches, clean_ce)
+    scores = fidelity(plain_model, HeadBank([head]), batches, baselines(plain_model, batches))
     assert 0 < scores.sites[SITE].statistics.l0 < D_SAE
 
     plain_model.place_heads([head])
