@@ -2,7 +2,8 @@
 
 Notable:
 - the templates are `model_cards/*.md.j2`: character model, fine-tuned GPT-2, LoRA adapter
-- a card that someone has edited is left as it is: the last line of ours says what it was
+- a card that someone has edited is left as it is: the last line of ours says what it was; what
+  `peft` writes into one whenever it saves an adapter is no edit
 - `publish` is the one way to the Hub: it checks the folder, makes the card name the repository,
   and uploads
 """
@@ -19,11 +20,21 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_saereg.card_facts import FIGURE_TITLES, RESULTS_FILE, CardFacts, read_facts
 from hf_saereg.hub import PushArguments, make_repository, upload
-from hf_saereg.layout import CARD, FIGURES, PublishingError, check_files, check_publishable
+from hf_saereg.layout import (
+    CARD,
+    FIGURES,
+    METADATA,
+    PublishingError,
+    check_files,
+    check_publishable,
+)
 
 TAGS = ("sae-regularization", "saelens")
 LICENSE = "mit"
-MARK = re.compile(r"\n<!-- hf-saereg ([0-9a-f]{12}) -->\n\Z")
+BY_PEFT = r"### Framework versions\s+- PEFT \S+\s*"
+MARK = re.compile(
+    rf"\n<!-- hf-saereg (?P<whole>\w{{12}}) (?P<body>\w{{12}}) -->\n(?P<by_peft>{BY_PEFT})?\Z"
+)
 
 SITE_METRICS = {
     "l0": "L0",
@@ -108,14 +119,25 @@ def make_card(facts: CardFacts, license_name: str = LICENSE) -> str:
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3g}"
     template = environment.get_template(f"{facts.kind}.md.j2")
     text = template.render(card_data=data.to_yaml(), facts=facts)
-    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-    return f"{ModelCard(text)}\n<!-- hf-saereg {_digest(str(ModelCard(text)))} -->\n"
+    card = ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    text = str(card)
+    return f"{text}\n<!-- hf-saereg {_digest(text)} {_digest(_body(text))} -->\n"
 
 
 def is_unedited(text: str) -> bool:
-    """Whether a card is as `make_card` made it."""
+    """Whether a card is as `make_card` made it, or nothing but what `peft` fills in."""
     found = MARK.search(text)
-    return found is not None and found[1] == _digest(text[: found.start()])
+    if found is None:
+        template = _body(str(ModelCard.from_template(ModelCardData()))).strip()
+        return re.fullmatch(rf"{re.escape(template)}\s*{BY_PEFT}", _body(text).strip()) is not None
+    ours = text[: found.start()]
+    if found["by_peft"]:  # it changed the metadata, too
+        return found["body"] == _digest(_body(ours))
+    return found["whole"] == _digest(ours)
+
+
+def _body(card: str) -> str:
+    return METADATA.sub("", card)
 
 
 def card_data(facts: CardFacts, license_name: str = LICENSE) -> ModelCardData:
@@ -192,4 +214,4 @@ def _templates() -> Path:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]

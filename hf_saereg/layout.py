@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_saereg.errors import UserError
@@ -59,6 +60,7 @@ CONFIGURATIONS = (
     TRAINING_RECORD,
 )
 
+METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)  # of a card, in YAML
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -160,9 +162,14 @@ def _check_finite(path: Path) -> None:
 def _check_text(path: Path, token: str | None) -> None:
     try:
         text = path.read_text(encoding="utf-8")
-        found = _home_or_here(text) if path.name == CARD else local_paths(json.loads(text))
-    except ValueError as error:
-        raise PublishingError(f"{path} is damaged ({error}); save the model again.") from error
+        if path.name == CARD:
+            found = _home_or_here(text)
+            yaml.safe_load(metadata[1] if (metadata := METADATA.match(text)) else "")
+        else:
+            found = local_paths(json.loads(text))
+    except (ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise PublishingError(f"{path} is damaged ({said}); mend it or save anew.") from error
     if TOKEN.search(text) or (token and token in text):
         raise PublishingError(f"{path} holds an access token; take it out before publishing.")
     for local in found:

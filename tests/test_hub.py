@@ -154,6 +154,7 @@ def edit_json(name, **changes):
         (lambda f: (f / "README.md").write_text(f"# In {Path.home()}/runs"), ["README.md", "path"]),
         (lambda f: (f / "README.md").write_text(f"token {TOKEN}"), ["README.md", "token"]),
         (lambda f: (f / "README.md").write_bytes(b"\xff"), ["README.md", "damaged"]),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), ["README.md", "damaged"]),
         (edit_json("config.json", where=["/home/a/b"]), ["config.json", "/home/a/b"]),
         (edit_json("config.json", where="C:\\Users\\a"), ["config.json", "Users"]),
         (edit_json(f"saes/{PRE_0}/cfg.json", a={"b": "/data/a/b"}), ["cfg.json", "/data/a/b"]),
