@@ -73,7 +73,6 @@ def test_every_block_of_the_readme_runs_as_it_stands(checkout, tmp_path):
     text = (REPOSITORY / "README.md").read_text()
     commands = [code for _, code in blocks(text, "bash")]
     programs = [code for _, code in blocks(text, "python")]
-    assert len(commands) == 4 and len(programs) == 5
     assert text.count("```") == 2 * (len(commands) + len(programs))  # no block of another kind
     with LoopbackHub() as hub:
         variables = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(checkout)}
@@ -82,7 +81,7 @@ def test_every_block_of_the_readme_runs_as_it_stands(checkout, tmp_path):
         printed = [shell(code, checkout, **variables) for code in commands]
         ours = [code for code in programs if "hf_saereg" in code]
         theirs = [code for code in programs if "hf_saereg" not in code]
-        spoken, _ = run_snippets(theirs, checkout, blocked=["hf_saereg"], **variables)
+        spoken, *_ = run_snippets(theirs, checkout, blocked=["hf_saereg"], **variables)
         run_snippets(ours, checkout, **variables)
         published = hub.files("user/name").keys()
     assert {"config.json", "README.md", f"saes/{SITE}/cfg.json"} <= published
@@ -92,4 +91,4 @@ def test_every_block_of_the_readme_runs_as_it_stands(checkout, tmp_path):
     assert (runs / "mine" / "index.html").read_text() != (runs / "demo" / "index.html").read_text()
     for page in ("report", "features", "both"):
         assert (runs / page / "index.html").is_file()
-    assert printed[3].startswith("Published runs/demo/regularized as ")
+    assert any(said.startswith("Published runs/demo/regularized as ") for said in printed)

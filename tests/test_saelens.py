@@ -15,6 +15,8 @@ from hf_saereg.heads.saelens import load_saelens_head
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: the extra [interop]")
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty")
+
 SITE, D_IN, D_SAE = SITES[1], 16, 48
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 UNPROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -49,7 +51,6 @@ def trained_head(name, x, **options):
     return head.eval()
 
 
-@pytest.mark.filterwarnings("ignore:\nThis SAE has non-empty")
 @pytest.mark.parametrize("normalization", ["published", "layer_norm", "variance"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sae_lens_computes_what_every_head_computes(x, tmp_path, name, normalization):

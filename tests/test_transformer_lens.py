@@ -37,7 +37,7 @@ def test_activations_and_logits_are_ours(model, bridge, input_ids):
         torch.testing.assert_close(cache[hook_name], ours[hook_name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:\nThis SAE has non-empty")
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty")
 def test_sae_spliced_there_costs_what_it_costs_here(model, saved, bridge, input_ids):
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
     batches = [{"input_ids": input_ids, "labels": input_ids}]
