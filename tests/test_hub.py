@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_recipe import configuration
 from training_job import SITES as TRAINED_SITES
 
+from hf_saereg.heads import SAEHeadConfig, make_head
+from hf_saereg.heads.folder import save_heads
+
 PRE_0, PRE_1, POST = SITES
 HEAD_FILES = ("cfg.json", "sae_weights.safetensors", "training_state.safetensors")
 ROOT_FILES = {"config.json", "generation_config.json", "model.safetensors"}
@@ -464,12 +467,17 @@ def test_bad_repositories_and_connections_end_in_one_sentence(hub, checkpoint, t
     weights = f"saes/{PRE_0}/sae_weights.safetensors"
     head = load_file(checkpoint / weights)
     save_file(head | {"b_dec": torch.full((16,), torch.nan)}, tmp_path / "nan")
+    wide = make_head(SAEHeadConfig("standard", PRE_0, 24, 40))
+    save_heads([wide], tmp_path / "wide")
+    elsewhere = json.loads(files[f"saes/{PRE_0}/cfg.json"])["metadata"] | {"hook_name": "../../x"}
     pickled = {"config.json": files["config.json"], "pytorch_model.bin": bomb}
     bert = json.dumps({"model_type": "bert", "hidden_size": 16}).encode()
     repositories = {
         "bert": ({**files, "config.json": bert}, ["bert", "GPT-2"]),
         "no-model": ({"README.md": b"# Data"}, ["no config.json"]),
         "narrow": (with_cfg(files, d_in=24), [PRE_0]),
+        "wide": (files | contents(tmp_path / "wide"), [PRE_0, "24 dimensions", "16"]),
+        "lying": (with_cfg(files, metadata=elsewhere), ["'../../x'", PRE_0]),
         "deep": (renamed(files, POST, "blocks.7.hook_resid_post"), ["blocks.7.hook_resid_post"]),
         "leaving": (renamed(files, f"saes/{PRE_0}", "saes/..evil"), ["..evil"]),
         "nan": ({**files, "model.safetensors": spoil.read_bytes()}, ["infinity", "wpe"]),
@@ -500,7 +508,7 @@ def test_bad_repositories_and_connections_end_in_one_sentence(hub, checkpoint, t
     ]  # fmt: skip
     calls += [call for call, _ in further]
     with (
-        hub.fault("GET", "someone/cut/resolve/.*generation_config", times=100),
+        hub.fault("GET", "someone/cut/resolve/.*generation_config", after_bytes=20, times=100),
         hub.fault("GET", "someone/broken/resolve/.*generation_config", 500, times=100),
     ):
         results = run_calls(hub, tmp_path / "client", calls)
