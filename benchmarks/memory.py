@@ -5,11 +5,14 @@
 Notable:
 - what was resident before the step does not count: weights, optimizer states, libraries and
   compiled code are there already, brought in by a step on a few tokens
+- arrays of 256 KiB and more are mapped one by one, and given back when they are freed: what the C
+  library would keep for later differs from run to run by a third of the plain step
 - on a CPU the system's own high-water mark is read from /proc, and reset before the step: unlike
   `ru_maxrss` it then knows nothing of how the process was started and loaded
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +33,13 @@ def peak_memory(checkpoint: Path, shape: str, tokens: int, precision: str, path:
         checkpoint: of model and heads.
         shape: its name.
         tokens: of the step.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
         path: one of `paths.path_names`.
     """
     words = [str(checkpoint), shape, str(tokens), precision, path]
     command = [sys.executable, "-m", "benchmarks.memory", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc's name for it
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -7,6 +7,7 @@ Notable:
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from hf_saereg import kernels
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SAERegOutput
+
+PRECISIONS = ("float32", "term_bfloat16", "bfloat16")  # autocast: of nothing, the heads, everything
 
 
 def path_names(device: torch.device) -> list[str]:
@@ -29,7 +32,7 @@ def path_names(device: torch.device) -> list[str]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to `bfloat16`, or none for `float32`."""
+    """What the step runs under; the heads' own autocast is the model's doing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -52,12 +55,13 @@ def run_path(
         model: with heads.
         optimizer: of the language model alone for `plain` and `floor`, of everything otherwise.
         input_ids: (sequences, sequence).
-        precision: `float32` or `bfloat16`.
+        precision: one of `PRECISIONS`.
     """
     with_term = name not in ("plain", "floor")
     if name in kernels.KERNELS:
         for head in model.heads:
             head.kernel = name
+    model.term = replace(model.term, term_bf16=precision == "term_bfloat16")
     optimizer.zero_grad()
     with autocast(model.device, precision), _losses_of(name, model.heads):
         output = model(input_ids=input_ids, labels=input_ids, compute_term=with_term)
@@ -82,9 +86,9 @@ def product(x: Tensor, W_enc: Tensor, precision: str) -> None:
     Args:
         x: (tokens, d_in).
         W_enc: (d_in, d_sae).
-        precision: `float32` or `bfloat16`.
+        precision: one of `PRECISIONS`.
     """
-    dtype = getattr(torch, precision)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
     W = W_enc.to(dtype)
     for rows in x.to(dtype).split(chunk_size(x, W.shape[1])):
         torch.mm(rows, W)
@@ -98,7 +102,7 @@ def steps_by_path(
     Args:
         model: with heads.
         input_ids: (sequences, sequence).
-        precision: `float32` or `bfloat16`.
+        precision: one of `PRECISIONS`.
     """
     everything = adamw(model.parameters())
     language_model = adamw(model.plain_view().parameters())

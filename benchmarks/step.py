@@ -1,6 +1,8 @@
 """What a training step costs, by the path that computes the term.
 
-    python -m benchmarks.step --shape published --json published.json --figure published.png
+    python -m benchmarks.step --shape published --json published.json
+
+writes published.png too: cost against d_sae and against L0; `--figure none` saves that time.
 
 Paths: the plain step; the floor, which is the plain step and the encoders' forward products; the
 naive way, whole arrays and autograd; on a GPU the same compiled; and every kernel of ours that runs
@@ -9,8 +11,10 @@ here.
 Notable:
 - heads and activations come from a short real run, see `benchmarks.training`: made on first use, in
   `runs/benchmarks/SHAPE` or the folder that `--checkpoints` names
-- paths take turns in one process, and medians are compared: a shared machine is noisy
-- precision is bfloat16 autocast where our default path is faster with it, float32 otherwise
+- paths take turns in one process, each twice a turn, and medians of the second times are compared:
+  a shared machine is noisy, and a path slows the next one
+- precision is the one that our default path is fastest with: float32, bfloat16 autocast of all, or
+  of the heads alone (`term_bf16`); the plain step of that row then has float32
 """
 
 import argparse
@@ -26,37 +30,39 @@ from torch import Tensor
 
 from benchmarks.memory import peak_memory
 from benchmarks.naive import compiled_losses, naive_losses
-from benchmarks.paths import autocast, path_names, product, steps_by_path
+from benchmarks.paths import PRECISIONS, path_names, product, steps_by_path
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training import HOW, STAGES, checkpoints, fitted_head, training_run
 from hf_saereg.errors import UserError, one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions, write_json
 
-PRECISIONS = ("float32", "bfloat16")
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of the shape's largest d_sae
 L0S = (5, 10, 20, 40, 80, 160)
 
 
 def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, after a warm-up round.
+    """Median seconds of each, taking turns; of two runs a turn only the second is timed.
+
+    The first gives back what the one before left behind: after a path of large arrays the system
+    has taken its pages away, and the next one would pay for getting some again.
 
     Args:
         contestants: by name.
-        repeats: rounds that count.
+        repeats: rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, contestant in contestants.items():
+            contestant()
             start = time.perf_counter()
             contestant()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def faster_precision(checkpoint: Path, input_ids: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds of our default path in either precision, and which is faster.
+    """Seconds of our default path in each precision, and which is the fastest.
 
     Args:
         checkpoint: the late one.
@@ -79,7 +85,7 @@ def measure_stage(
         name: of the shape.
         shape: of model and heads.
         tokens: of a step.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
         repeats: rounds of which the median is taken.
     """
     model = _load(checkpoint)
@@ -128,7 +134,7 @@ def measure_scaling(
         checkpoint: the late one; heads are fitted to the activations at its last site.
         shape: of model and heads.
         tokens: of a step.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
         repeats: rounds of which the median is taken.
     """
     model = _load(checkpoint)
@@ -156,7 +162,7 @@ def _head_seconds(
     def step(path: str) -> None:
         head.zero_grad()
         x.grad = None
-        with autocast(x.device, precision):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision != "float32"):
             if path in ("naive", "compile"):
                 losses = (compiled_losses() if path == "compile" else naive_losses)(head, x)
             else:
@@ -190,7 +196,7 @@ def measure_story(shape: Shape, steps: int, precision: str) -> dict[str, list[fl
     Args:
         shape: of model, heads and batch.
         steps: of each run.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -247,13 +253,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--figure", type=Path, help="draw cost against d_sae and L0 there")
+    parser.add_argument("--figure", help="where cost against d_sae and L0 is drawn; or none; by "
+                        "default beside the JSON, as .png")  # fmt: skip
     parser.add_argument("--story", type=int, nargs="?", const=300, metavar="STEPS",
                         help="also train on every path from the same seed")  # fmt: skip
     parser.add_argument("--checkpoints", type=Path, help="folder of early, midway and late")
     parser.add_argument("--tokens", type=int, help="of a step")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precision", choices=PRECISIONS, help="by default the faster one")
+    parser.add_argument("--precision", choices=PRECISIONS, help="by default the fastest one")
     options = parser.parse_args()
 
     shape, on_gpu = SHAPES[options.shape], torch.cuda.is_available()
@@ -289,12 +296,12 @@ def main() -> None:
     }
     if options.story:
         results["story"] = measure_story(shape, options.story, precision)
-    if options.figure:
+    if options.figure != "none":
         from benchmarks.figure import draw  # matplotlib is an extra
 
         results["scaling"] = measure_scaling(saved["late"], *common)
         results["cost_of_doubling_d_sae"] = cost_of_doubling(results["scaling"]["by_d_sae"])
-        draw(results).savefig(options.figure, dpi=160)
+        draw(results).savefig(options.figure or options.json.with_suffix(".png"), dpi=160)
     write_json(options.json, results)
     print(_table(results))
 

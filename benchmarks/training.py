@@ -40,7 +40,7 @@ def training_run(
         shape: of model, heads and batch.
         path: how the term is computed.
         steps: how many.
-        precision: `float32` or `bfloat16`.
+        precision: one of `paths.PRECISIONS`.
         seed: of the initialisation.
     """
     torch.manual_seed(seed)

@@ -17,9 +17,6 @@ import torch
 from hf_saereg.configuration import one_a_site
 from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
 
-# where the controller starts: near the c of an L0 of 10 to 50, because the way is 2 % a step
-FIRST_COEFFICIENTS = {"standard": 1.0, "gated": 1.0, "jumprelu": 0.05}
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -124,7 +121,7 @@ class Cell:
         whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
         options = {self.option: int(self.sparsity) if whole else self.sparsity}
         if self.option == "target_l0":
-            options["sparsity_coefficient"] = FIRST_COEFFICIENTS[self.architecture]
+            options["sparsity_coefficient"] = FAMILIES[self.architecture].first_coefficient
         if self.option == "k" and not whole:
             raise HeadConfigError(
                 f"A {self.architecture} head cannot keep {self.sparsity} latents a token; its "

@@ -9,12 +9,13 @@ Notable:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -154,12 +155,18 @@ class SAERegGPT2LMHeadModel(SitedGPT2LMHeadModel):
         if self.training:
             tokens = activations[read[0]][..., 0].numel() if mask is None else int(mask.sum())
             kept = random_tokens(tokens, self.term.token_fraction, (term_step, term_draw))
-        term, sites = regularization(self.heads, activations, mask, kept)
+        with self._autocast_of_term(activations[read[0]].device):
+            term, sites = regularization(self.heads, activations, mask, kept)
         spliced_loss = None
         if self.training and self.term.splice_weight > 0:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             spliced_loss = self._spliced_loss(term_step, mask, output.logits, inputs | kwargs)
         return SAERegOutput(**output, term=term, spliced_loss=spliced_loss, sites=sites)
+
+    def _autocast_of_term(self, device: torch.device) -> AbstractContextManager:
+        if self.training and self.term.term_bf16:
+            return torch.autocast(device.type, torch.bfloat16)
+        return nullcontext()
 
     def _spliced_loss(
         self, step: int, mask: Tensor | None, plain_logits: Tensor, inputs: dict[str, Any]

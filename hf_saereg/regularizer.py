@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_saereg.eager_gradients import with_gradients
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.base import SAEHead
 from hf_saereg.heads.config import HeadConfigError
@@ -51,6 +52,12 @@ class TermOptions:
     )
     sites_per_step: int | None = field(
         default=None, metadata={"help": "Sites that a step's term covers, in turn; all by default."}
+    )
+    term_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Autocast the heads' losses to bfloat16, even if the model trains in float32."
+        },
     )
     splice_weight: float = field(
         default=0.0, metadata={"help": "α, weight of the loss with reconstructions spliced in."}
@@ -127,7 +134,7 @@ class SiteTerm(NamedTuple):
     """One site's part of the term.
 
     Attributes:
-        losses: the head's losses.
+        losses: the head's losses, detached.
         value: () λ (R + A) / N + S.
     """
 
@@ -148,23 +155,33 @@ class Regularization(NamedTuple):
 
 
 def site_term(head: SAEHead, x: Tensor) -> SiteTerm:
-    """One site's part of the term.
+    """One site's part of the term, with its gradients computed on the way.
 
     Args:
         head: the site's head.
         x: (tokens, d_in) activations at its site, without padding.
     """
-    losses = head.losses(x)
+    losses: list[SAELosses] = []
+
+    def value(x: Tensor) -> Tensor:
+        losses.append(head.losses(x))
+        return _site_value(head, losses[0], len(x))
+
+    differentiable = with_gradients(value, x, list(head.parameters()))
+    return SiteTerm(losses[0].detached(), differentiable)
+
+
+def _site_value(head: SAEHead, losses: SAELosses, tokens: int) -> Tensor:
     error = losses.reconstruction + losses.auxiliary
     if head.config.normalization in ("layer_norm", "variance"):
         scale = math.sqrt(head.config.d_in)
-    elif len(x) == 0:
+    elif tokens == 0:
         scale = 1.0  # R + A is 0, and a norm of 1 keeps the ratio, and its gradient, defined
     elif head.config.normalization == "detached":
         scale = losses.norm.detach()
     else:
         scale = losses.norm
-    return SiteTerm(losses, head.config.reconstruction_weight * error / scale + losses.sparsity)
+    return head.config.reconstruction_weight * error / scale + losses.sparsity
 
 
 def regularization(

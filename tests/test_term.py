@@ -251,3 +251,17 @@ def test_spliced_sites_are_drawn_evenly_and_alike_on_every_process():
 def test_evaluation_pays_for_no_second_pass(plain_model, head_configs, input_ids):
     model = in_training(plain_model, head_configs, splice_weight=0.5).eval()
     assert model(input_ids, labels=input_ids).spliced_loss is None
+
+
+def test_heads_in_bfloat16_beside_a_model_in_float32(plain_model, head_configs, input_ids):
+    plain_model.attach_heads(head_configs, TermOptions(term_bf16=True))
+    model = plain_model.train()
+    exact = model.eval()(input_ids, labels=input_ids)
+    rounded = model.train()(input_ids, labels=input_ids)
+    assert rounded.loss.dtype == torch.float32
+    assert rounded.logits.equal(exact.logits)
+    assert rounded.term != exact.term
+    torch.testing.assert_close(rounded.term, exact.term, rtol=0.01, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model.eval()(input_ids, labels=input_ids)
+    assert autocast.logits.dtype == torch.bfloat16  # which the option leaves alone

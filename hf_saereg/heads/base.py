@@ -69,6 +69,9 @@ class SAEHead(nn.Module, ABC):
 
     architecture: ClassVar[str]
     sparsity_option: ClassVar[str] = "sparsity_coefficient"  # what sets the sparsity; else `k`
+    # where a fresh head's controller starts on activations of norm √d_in: near the c of an L0 of 10
+    # to 50, because the way is 2 % a step
+    first_coefficient: ClassVar[float] = 1.0
     own_options: ClassVar[tuple[str, ...]] = ()  # those of FAMILY_OPTIONS that the family has
 
     def __init__(self, config: SAEHeadConfig) -> None:

@@ -29,6 +29,7 @@ class JumpReLUSAE(SAEHead):
     """
 
     architecture = "jumprelu"
+    first_coefficient = 0.05
     own_options = ("bandwidth", "reference_window", "quadratic_penalty", "target_l0")
 
     def __init__(self, config: SAEHeadConfig) -> None:

@@ -144,3 +144,8 @@ class SAELosses(NamedTuple):
     auxiliary: Tensor
     norm: Tensor
     statistics: SiteStatistics
+
+    def detached(self) -> "SAELosses":
+        """The same numbers without the graph that led to them."""
+        *losses, statistics = self
+        return SAELosses(*(loss.detach() for loss in losses), statistics)
