@@ -5,6 +5,7 @@
     lora_frozen_heads  adapters alone, with the heads' reconstructions in the forward pass, as in
                        arXiv 2501.19406
     heads              the heads alone, on the frozen model
+    plain              all of the language model, without heads: what the others are compared with
 
 Notable:
 - a mode is put into the model: what is trained has gradients, and frozen heads are marked as such;
@@ -21,7 +22,7 @@ from hf_saereg.heads.start import start_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import TermOptions
 
-MODES = ("joint", "lora", "lora_frozen_heads", "heads")
+MODES = ("joint", "lora", "lora_frozen_heads", "heads", "plain")
 
 
 class AdaptationError(UserError):
@@ -36,7 +37,8 @@ class AdaptationArguments:
         default="joint",
         metadata={
             "help": "joint: model and heads; lora: adapters and heads; lora_frozen_heads: adapters "
-            "alone, with the heads spliced in; heads: the heads of the frozen model."
+            "alone, with the heads spliced in; heads: the heads of the frozen model; plain: the "
+            "model without heads, as a control."
         },
     )
     heads_from: str | None = field(
@@ -61,6 +63,8 @@ class AdaptationArguments:
             raise AdaptationError(
                 "lora_frozen_heads splices trained heads into the model; name them by heads_from."
             )
+        if self.mode == "plain" and self.heads_from is not None:
+            raise AdaptationError("mode plain trains without heads; leave heads_from out.")
         lora_config(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
 
@@ -82,6 +86,12 @@ def adapt(
         UserError: if the model, the heads and the mode do not fit each other.
     """
     mode = arguments.mode
+    if model.has_adapters:
+        raise AdaptationError(
+            "The model has an adapter already; merge_and_unload() and save it, and start from that."
+        )
+    if mode == "plain":
+        return
     dropout = (model.config.resid_pdrop, model.config.embd_pdrop, model.config.attn_pdrop)
     if mode == "heads" and any(dropout):
         raise AdaptationError(

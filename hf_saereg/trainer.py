@@ -470,6 +470,18 @@ class SAERegTrainer(PublishingTrainer):
             self.processing_class.save_pretrained(output_dir)
         self.describe(Path(output_dir))
 
+    def save_merged(self, folder: Path) -> None:
+        """Merge the adapters into the model, and save the plain GPT-2 that it is then.
+
+        Args:
+            folder: created if absent.
+
+        Raises:
+            AdapterError: if there is no adapter, or the merged weights are not finite.
+        """
+        self.model.merge_and_unload()
+        self._save(str(folder))
+
     def describe(self, folder: Path) -> None:
         """Write `training.json` and the card beside a saved model: what is known of it by now.
 
