@@ -187,15 +187,17 @@ class SAERegTrainer(PublishingTrainer):
         reference = inputs.pop("reference_logits", None)
         if model.training and self.model.heads:
             inputs |= {"compute_term": False} if self._splices else self._term_inputs()
+        # in evaluation the mean over this process's own tokens, whose number is known here
+        number = num_items_in_batch if model.training else None
         ce, output = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, inputs, return_outputs=True, num_items_in_batch=number
         )
         self._check_finite(ce, output)
         if model.training:
             loss = self._training_loss(ce, output, inputs, reference, num_items_in_batch)
         else:
             loss = ce
-            self._count_evaluation(ce, output, inputs)
+            self._count_real_rows(model, ce, output, inputs)
         return (loss, output) if return_outputs else loss
 
     def _training_loss(
@@ -224,6 +226,25 @@ class SAERegTrainer(PublishingTrainer):
                 term = term + factor * self.model.term.splice_weight * output.spliced_loss
             loss = loss + self.model.term.warmup_factor(self.state.global_step) * term
         return loss
+
+    def _count_real_rows(
+        self, model: nn.Module, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]
+    ) -> None:
+        rows = len(inputs["labels"])
+        real = self._real_rows(rows)
+        if 0 < real < rows:
+            inputs = {name: tensor[:real] for name, tensor in inputs.items()}
+            output = model(**inputs)
+            ce = output.loss
+        if real > 0:
+            self._count_evaluation(ce, output, inputs)
+
+    def _real_rows(self, rows: int) -> int:
+        """How many of a batch are not there only to give every process equally many."""
+        last = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
+            return rows
+        return min(max(last.remainder - self.args.process_index * rows, 0), rows)
 
     def _count_evaluation(self, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]) -> None:
         labels = inputs["labels"]
