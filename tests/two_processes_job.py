@@ -33,7 +33,7 @@ from hf_saereg.regularizer import TermOptions
 REDUCTIONS = ("get_batch_samples", "after_optimizer_step", "log", "read", "evaluation_loop")
 # and where its base and DDP do
 OTHERS = ("number of predicted tokens", "gradients")
-MODES = ("lora", "lora_frozen_heads")
+MODES = ("lora", "lora_frozen_heads", "heads")
 
 
 def upkept():
