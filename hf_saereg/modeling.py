@@ -19,13 +19,14 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from transformers import GPT2Config
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
+from hf_saereg.adapters import Adapted
 from hf_saereg.cards import publish
 from hf_saereg.checkpoint import CheckpointError, find_checkpoint
+from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.heads import HeadConfigError, SAEHead, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import (
@@ -57,7 +58,7 @@ class SAERegOutput(CausalLMOutputWithCrossAttentions):
     sites: dict[str, SiteTerm] | None = None
 
 
-class SAERegGPT2LMHeadModel(SitedGPT2LMHeadModel):
+class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
     """GPT-2 with one sparse autoencoder on each of some residual-stream sites.
 
     Starts without heads: `attach_heads` adds them, `from_pretrained` loads saved ones.
@@ -177,12 +178,8 @@ class SAERegGPT2LMHeadModel(SitedGPT2LMHeadModel):
             output = super().forward(**inputs)
         if self.term.splice_loss == "ce":
             return output.loss
-        predicted = inputs["labels"][:, 1:] != -100  # (batch, sequence - 1)
-        log_p = plain_logits[:, :-1][predicted].detach().float().log_softmax(-1)
-        log_q = output.logits[:, :-1][predicted].float().log_softmax(-1)
         number = inputs.get("num_items_in_batch")
-        kl = kl_div(log_q, log_p, log_target=True, reduction="sum")
-        return kl / (predicted.sum() if number is None else number)
+        return kl_of_predictions(plain_logits, output.logits, inputs["labels"], number)
 
     def save_pretrained(
         self,
@@ -193,7 +190,7 @@ class SAERegGPT2LMHeadModel(SitedGPT2LMHeadModel):
         head_metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a plain GPT-2 checkpoint, and the heads below `saes/`.
+        """Write a plain GPT-2 checkpoint, or the adapter alone, and the heads below `saes/`.
 
         Args:
             save_directory: folder; created if absent.
@@ -212,14 +209,18 @@ class SAERegGPT2LMHeadModel(SitedGPT2LMHeadModel):
         repo_id = kwargs.pop("repo_id", Path(save_directory).absolute().name)
         options = [option.name for option in fields(PushArguments)] if push_to_hub else []
         options = {name: kwargs.pop(name) for name in options if name in kwargs}
+        heads = self.heads
         if state_dict is not None:
+            own = {
+                k.removeprefix("heads."): v for k, v in state_dict.items() if k.startswith("heads.")
+            }
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("heads.")}
-        self.plain_view().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-        )
+            heads = heads.with_state(own) if own else heads
+        save = super().save_pretrained if self.has_adapters else self.plain_view().save_pretrained
+        save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         if is_main_process:
             metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
-            save_heads(self.heads, Path(save_directory), metadata)
+            save_heads(heads, Path(save_directory), metadata)
             if push_to_hub:
                 publish(save_directory, repo_id, PushArguments(**options))
 
