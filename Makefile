@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(SAEREG_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[demo,report,triton,test,lint]'
+		--editable '.[demo,report,triton,interop,test,lint]'
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "AdaptationArguments": "adaptation",
     "CorpusArguments": "corpora",
     "FidelityMetric": "metric",
     "FreshHeadsArguments": "grid",
@@ -15,6 +16,7 @@ _MODULES = {
     "SAERegGPT2LMHeadModel": "modeling",
     "SAERegOutput": "modeling",
     "SAERegTrainer": "trainer",
+    "adapt": "adaptation",
     "character_tokenizer": "corpora",
     "load_blocks": "corpora",
     "load_saelens_head": "heads.saelens",

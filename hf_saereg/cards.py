@@ -2,8 +2,10 @@
 
 Notable:
 - the templates are `model_cards/*.md.j2`: character model, fine-tuned GPT-2, LoRA adapter
-- a card that someone has edited is left as it is: the last line of ours says what it was
-- `publish` makes the card name the repository, then pushes
+- a card that someone has edited is left as it is: the last line of ours says what it was; what
+  `peft` writes into one whenever it saves an adapter is no edit
+- `publish` is the one way to the Hub: it checks the folder, makes the card name the repository,
+  and uploads
 """
 
 import hashlib
@@ -17,12 +19,22 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_saereg.card_facts import FIGURE_TITLES, RESULTS_FILE, CardFacts, read_facts
-from hf_saereg.hub import PushArguments, make_repository, push
-from hf_saereg.layout import CARD, FIGURES
+from hf_saereg.hub import PushArguments, make_repository, upload
+from hf_saereg.layout import (
+    CARD,
+    FIGURES,
+    METADATA,
+    PublishingError,
+    check_files,
+    check_publishable,
+)
 
 TAGS = ("sae-regularization", "saelens")
 LICENSE = "mit"
-MARK = re.compile(r"\n<!-- hf-saereg ([0-9a-f]{12}) -->\n\Z")
+BY_PEFT = r"### Framework versions\s+- PEFT \S+\s*"
+MARK = re.compile(
+    rf"\n<!-- hf-saereg (?P<whole>\w{{12}}) (?P<body>\w{{12}}) -->\n(?P<by_peft>{BY_PEFT})?\Z"
+)
 
 SITE_METRICS = {
     "l0": "L0",
@@ -33,10 +45,10 @@ SITE_METRICS = {
 
 
 def publish(folder: str | Path, repo: str, arguments: PushArguments | None = None) -> CommitInfo:
-    """Give a checkpoint's folder a card that names the repository, and push it.
+    """Publish a checkpoint, its heads and a card that names the repository, in one commit.
 
     Args:
-        folder: what `save_pretrained` or a trainer wrote.
+        folder: what `save_pretrained` or a trainer wrote; only its card may change.
         repo: `user/name`, or `name` in one's own namespace; made if it does not exist.
         arguments: how.
 
@@ -44,33 +56,49 @@ def publish(folder: str | Path, repo: str, arguments: PushArguments | None = Non
         The commit; as text its address.
 
     Raises:
-        PublishingError: if the folder is no checkpoint, or holds what may not be published.
+        PublishingError: if the folder is no checkpoint, or holds what may not be published; before
+            the Hub is asked.
         HubError: if the Hub cannot be reached or refuses.
     """
-    arguments = arguments or PushArguments()
-    if "/" not in repo:
-        repo = make_repository(repo, arguments)
-    write_card(Path(folder), repo)
-    return push(folder, repo, arguments)
+    folder, arguments = Path(folder), arguments or PushArguments()
+    check_publishable(folder, arguments.token)
+    _check_license(folder / CARD, arguments.license)
+    repo = make_repository(repo, arguments)
+    card = write_card(folder, repo, arguments.license)
+    check_files(folder, [card.name], arguments.token)
+    return upload(folder, repo, arguments)
 
 
-def write_card(folder: Path, repo: str | None = None, license_name: str = LICENSE) -> Path:
+def _check_license(card: Path, license_name: str | None) -> None:
+    if license_name is None or not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    said = ModelCard(text).data.license
+    if not is_unedited(text) and said != license_name:
+        raise PublishingError(
+            f"{card} was edited by hand and says license {said}, not {license_name}; change it "
+            "there, or leave out `license`."
+        )
+
+
+def write_card(folder: Path, repo: str | None = None, license_name: str | None = None) -> Path:
     """Write `README.md`, unless there is one that someone has edited.
 
     Args:
         folder: of a checkpoint.
         repo: what the snippets load, `user/name`; the folder's name by default.
-        license_name: of the model, as the Hub abbreviates it.
+        license_name: of the model, as the Hub abbreviates it; by default that of the card that is
+            there, or mit.
     """
     path = folder / CARD
     if path.is_file():
         old = path.read_text(encoding="utf-8")
         if not is_unedited(old):
             return path
-        license_name = ModelCard(old).data.license or license_name
+        license_name = license_name or ModelCard(old).data.license
     _copy_figures(folder)
     facts = read_facts(folder, repo or folder.absolute().name)
-    path.write_text(make_card(facts, license_name), encoding="utf-8")
+    path.write_text(make_card(facts, license_name or LICENSE), encoding="utf-8")
     return path
 
 
@@ -91,14 +119,25 @@ def make_card(facts: CardFacts, license_name: str = LICENSE) -> str:
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3g}"
     template = environment.get_template(f"{facts.kind}.md.j2")
     text = template.render(card_data=data.to_yaml(), facts=facts)
-    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-    return f"{ModelCard(text)}\n<!-- hf-saereg {_digest(str(ModelCard(text)))} -->\n"
+    card = ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    text = str(card)
+    return f"{text}\n<!-- hf-saereg {_digest(text)} {_digest(_body(text))} -->\n"
 
 
 def is_unedited(text: str) -> bool:
-    """Whether a card is as `make_card` made it."""
+    """Whether a card is as `make_card` made it, or nothing but what `peft` fills in."""
     found = MARK.search(text)
-    return found is not None and found[1] == _digest(text[: found.start()])
+    if found is None:
+        template = _body(str(ModelCard.from_template(ModelCardData()))).strip()
+        return re.fullmatch(rf"{re.escape(template)}\s*{BY_PEFT}", _body(text).strip()) is not None
+    ours = text[: found.start()]
+    if found["by_peft"]:  # it changed the metadata, too
+        return found["body"] == _digest(_body(ours))
+    return found["whole"] == _digest(ours)
+
+
+def _body(card: str) -> str:
+    return METADATA.sub("", card)
 
 
 def card_data(facts: CardFacts, license_name: str = LICENSE) -> ModelCardData:
@@ -175,4 +214,4 @@ def _templates() -> Path:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]

@@ -3,6 +3,7 @@
     saereg sweep MODEL --dataset TEXT …     fresh SAEs on a model, scored
     saereg report RUN… --output_dir OUT     what sweeps found, as a page
     saereg features MODEL [MODEL] …         what the latents of a head stand for, as a page
+    saereg push DIR REPO                    a checkpoint, its heads and its card to the Hub
 
 Notable:
 - the first words are a command's subject, all others are its options, also from `--config FILE`
@@ -25,13 +26,14 @@ class Command(NamedTuple):
 
     Attributes:
         module: with `main(words)`.
-        subject: option that the first words are the values of.
+        subject: options that the first words are the values of, one a word; the last takes all
+            that remain.
         usage: how to call it.
         purpose: in one line.
     """
 
     module: str
-    subject: str
+    subject: tuple[str, ...]
     usage: str
     purpose: str
 
@@ -39,21 +41,27 @@ class Command(NamedTuple):
 COMMANDS = {
     "sweep": Command(
         "hf_saereg.commands.sweep",
-        "model",
+        ("model",),
         "MODEL --dataset TEXT --output_dir DIR",
         "train fresh SAEs on every site of a GPT-2 and score them",
     ),
     "report": Command(
         "hf_saereg.commands.report",
-        "runs",
+        ("runs",),
         "RUN… --output_dir OUT",
         "write what runs found as a page to open",
     ),
     "features": Command(
         "hf_saereg.commands.features",
-        "models",
+        ("models",),
         "MODEL [MODEL] --hook_name HOOK_NAME --dataset TEXT --output_dir DIR",
         "show what the latents of a head stand for, of two models side by side",
+    ),
+    "push": Command(
+        "hf_saereg.commands.push",
+        ("folder", "repo"),
+        "DIR REPO",
+        "publish a checkpoint, its heads and its card on the Hub",
     ),
 }
 
@@ -80,15 +88,19 @@ def main(words: Sequence[str] | None = None) -> None:
         import_module(command.module).main(with_subject(command.subject, rest))
 
 
-def with_subject(option: str, words: Sequence[str]) -> list[str]:
-    """The words with those before the first option as that option's values.
+def with_subject(options: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words with those before the first option as values of some options.
 
     Args:
-        option: its name.
+        options: their names; each takes one word, the last all that remain.
         words: after the command.
     """
     subject = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    return [f"--{option}", *subject, *words[len(subject) :]] if subject else list(words)
+    named = []
+    for i, option in enumerate(options[: len(subject)]):
+        rest = None if i == len(options) - 1 else i + 1
+        named += [f"--{option}", *subject[i:rest]]
+    return [*named, *words[len(subject) :]]
 
 
 def usage() -> str:

@@ -153,14 +153,14 @@ class CharacterModelArguments:
             )
 
     def config(self, context: int, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
-        """GPT-2 of this shape; the character tokenizer has padding, but neither BOS nor EOS."""
+        """GPT-2 of this shape; of characters there is padding, but neither BOS nor EOS."""
         return GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=context,
             activation_function="gelu_pytorch_tanh",  # gelu_new is the same in eight operations
             **{name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")},
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout),
-            **dict.fromkeys(("bos_token_id", "eos_token_id")),
+            **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
             pad_token_id=tokenizer.pad_token_id,
         )
 

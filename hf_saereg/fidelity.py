@@ -21,8 +21,9 @@ from torch.nn.functional import kl_div
 
 from hf_saereg.errors import UserError
 from hf_saereg.heads.bank import HeadBank
-from hf_saereg.modeling import SAERegGPT2LMHeadModel, SiteFunction
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.scores import Baselines, Effect, Fidelity, SiteFidelity
+from hf_saereg.sites import SiteFunction
 from hf_saereg.splicing import Splice
 
 Batch = dict[str, Tensor]  # input_ids and labels, (batch, sequence); attention_mask where padded

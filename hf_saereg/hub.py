@@ -1,7 +1,7 @@
-"""To the Hub and back: `push` a folder, `fetch` files of a repository.
+"""To the Hub and back: `upload` a folder, `fetch` files of a repository.
 
 Notable:
-- one push is one commit: whatever fails on the way, the repository is what it was before, and the
+- one upload is one commit: whatever fails on the way, the repository is what it was before, and the
   local folder is only read
 - every published head names the repository as its model; heads and weight shards that the folder
   no longer has are deleted there in the same commit
@@ -40,7 +40,6 @@ from hf_saereg.layout import (
     CONFIG_FILE,
     HEADS_FOLDER,
     MODEL_WEIGHTS,
-    check_publishable,
     is_published,
     published_files,
 )
@@ -54,8 +53,8 @@ class HubError(UserError):
 
 
 @dataclass
-class PushArguments:
-    """How a folder is published."""
+class PushOptions:
+    """How a folder is published, as far as a command line may say it."""
 
     private: bool | None = field(
         default=None, metadata={"help": "Whether a new repository is private."}
@@ -69,6 +68,16 @@ class PushArguments:
     create_pr: bool = field(
         default=False, metadata={"help": "Open a pull request, leave the branch as it is."}
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Of the model, as the Hub abbreviates it; by default that of its card."},
+    )
+
+
+@dataclass
+class PushArguments(PushOptions):
+    """How a folder is published."""
+
     token: str | None = field(
         default=None, repr=False, metadata={"help": "Access token; the stored one by default."}
     )
@@ -86,28 +95,55 @@ class Fetched(NamedTuple):
     commit: str
 
 
-def push(folder: str | Path, repo: str, arguments: PushArguments | None = None) -> CommitInfo:
-    """Publish a checkpoint, its heads and its card, in one commit.
+def make_repository(repo: str, arguments: PushArguments) -> str:
+    """Make a repository unless it is there, so that a refusal shows before any long work.
 
     Args:
-        folder: what `save_pretrained` or a trainer wrote.
-        repo: `user/name`, or `name` in one's own namespace; made if it does not exist.
+        repo: `user/name`, or `name` in one's own namespace.
+        arguments: `private` and `token` of it.
+
+    Returns:
+        Its full name.
+
+    Raises:
+        HubError: if the Hub cannot be reached or refuses, or the repository is there and as public
+            or private as it should not be.
+    """
+    with in_one_sentence("making the repository", repo, aftermath="nothing was published"):
+        api = HfApi(token=arguments.token)
+        repo = api.create_repo(repo, private=arguments.private, exist_ok=True).repo_id
+        if arguments.private is not None:
+            _check_visibility(repo, arguments.private, bool(api.model_info(repo).private))
+    return repo
+
+
+def _check_visibility(repo: str, wanted: bool, is_private: bool) -> None:
+    if wanted != is_private:
+        found, other = ("private", "public") if is_private else ("public", "private")
+        raise HubError(
+            f"{repo} is there already and {found}; make it {other} in its settings on the Hub, or "
+            "leave out `private`; nothing was published."
+        )
+
+
+def upload(folder: Path, repo: str, arguments: PushArguments) -> CommitInfo:
+    """Commit the published files of a folder; `cards.publish` checks them and writes the card.
+
+    Args:
+        folder: of a checkpoint.
+        repo: `user/name`, which is there.
         arguments: how.
 
     Returns:
         The commit; as text its address.
 
     Raises:
-        PublishingError: if the folder is no checkpoint, or holds what may not be published.
         HubError: if the Hub cannot be reached or refuses.
     """
-    folder, arguments = Path(folder), arguments or PushArguments()
     names = published_files(folder)
-    check_publishable(folder, names, arguments.token)
-    aftermath = "nothing was published, and no file here was changed"
+    aftermath = "nothing was published, and no file here was lost"
     with in_one_sentence(f"pushing {folder}", repo, arguments.revision, aftermath):
         api = HfApi(token=arguments.token)
-        repo = api.create_repo(repo, private=arguments.private, exist_ok=True).repo_id
         if arguments.revision is not None:
             api.create_branch(repo, branch=arguments.revision, exist_ok=True)
         stale = _stale_files(api.list_repo_files(repo, revision=arguments.revision), names)
@@ -120,24 +156,6 @@ def push(folder: str | Path, repo: str, arguments: PushArguments | None = None) 
             revision=arguments.revision,
             create_pr=arguments.create_pr,
         )
-
-
-def make_repository(repo: str, arguments: PushArguments) -> str:
-    """Make a repository unless it is there, so that a refusal shows before any long work.
-
-    Args:
-        repo: `user/name`, or `name` in one's own namespace.
-        arguments: `private` and `token` of it.
-
-    Returns:
-        Its full name.
-
-    Raises:
-        HubError: if the Hub cannot be reached or refuses.
-    """
-    with in_one_sentence("making the repository", repo, aftermath="nothing was published"):
-        api = HfApi(token=arguments.token)
-        return api.create_repo(repo, private=arguments.private, exist_ok=True).repo_id
 
 
 def _stale_files(published: Iterable[str], names: Sequence[str]) -> list[str]:

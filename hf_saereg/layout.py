@@ -8,11 +8,12 @@ Notable:
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from hf_saereg.errors import UserError
@@ -49,6 +50,7 @@ PUBLISHED = (
     CARD,
     "LICENSE",
 )
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # of the files in JSON these may hold a path; the others are vocabulary
 CONFIGURATIONS = (
     MODEL_CONFIG,
@@ -58,6 +60,7 @@ CONFIGURATIONS = (
     TRAINING_RECORD,
 )
 
+METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)  # of a card, in YAML
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -94,27 +97,48 @@ def is_published(name: str) -> bool:
     return False
 
 
-def check_publishable(folder: Path, names: Sequence[str], token: str | None = None) -> None:
-    """Check what is about to be published.
+def check_publishable(folder: Path, token: str | None = None) -> None:
+    """Check that a folder holds a checkpoint, and that its files may be published.
 
     Args:
         folder: of a checkpoint.
-        names: of the files, from `published_files`.
-        token: must not be in any of them.
+        token: must not be in any file.
 
     Raises:
         PublishingError: if there is no model or adapter, a file is damaged, weights are not finite,
             or a text holds a token or a path of this machine.
     """
+    if not folder.is_dir():
+        raise PublishingError(
+            f"There is no folder {folder}; name the one that a model was saved to."
+        )
+    names = published_files(folder)
     if not {MODEL_CONFIG, ADAPTER_CONFIG} & set(names):
         raise PublishingError(
             f"{folder} holds no checkpoint ({MODEL_CONFIG} and model.safetensors); name the folder "
             "that a model was saved to."
         )
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        never = f" (pickles, such as {pickles[0]}, are never published)" if pickles else ""
         raise PublishingError(
-            f"{folder} has no weights in safetensors; save the model there first."
+            f"{folder} has no weights in safetensors{never}; save the model there first."
         )
+    check_files(folder, names, token)
+
+
+def check_files(folder: Path, names: Iterable[str], token: str | None = None) -> None:
+    """Check that files may be published.
+
+    Args:
+        folder: of a checkpoint.
+        names: of files in it that are on the allow-list.
+        token: must not be in any of them.
+
+    Raises:
+        PublishingError: if a file is damaged, weights are not finite, or a text holds a token or a
+            path of this machine.
+    """
     for name in names:
         path = folder / name
         if name.endswith(".safetensors"):
@@ -138,9 +162,14 @@ def _check_finite(path: Path) -> None:
 def _check_text(path: Path, token: str | None) -> None:
     try:
         text = path.read_text(encoding="utf-8")
-        found = _home_or_here(text) if path.name == CARD else local_paths(json.loads(text))
-    except ValueError as error:
-        raise PublishingError(f"{path} is damaged ({error}); save the model again.") from error
+        if path.name == CARD:
+            found = _home_or_here(text)
+            yaml.safe_load(metadata[1] if (metadata := METADATA.match(text)) else "")
+        else:
+            found = local_paths(json.loads(text))
+    except (ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise PublishingError(f"{path} is damaged ({said}); mend it or save anew.") from error
     if TOKEN.search(text) or (token and token in text):
         raise PublishingError(f"{path} holds an access token; take it out before publishing.")
     for local in found:

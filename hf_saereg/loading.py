@@ -7,6 +7,7 @@ Notable:
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
@@ -21,19 +22,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 def load_checkpoint(
-    name: str, tokenizer: str | None = None
+    name: str, tokenizer: str | None = None, **options: Any
 ) -> tuple[SAERegGPT2LMHeadModel, PreTrainedTokenizerBase]:
     """A GPT-2 in single precision, with its heads if it has some, and its tokenizer.
 
     Args:
         name: folder or Hub repository.
         tokenizer: folder or Hub repository of another tokenizer, or `characters`.
+        **options: as `SAERegGPT2LMHeadModel.from_pretrained` takes them.
 
     Raises:
         UserError: if it is not there, no GPT-2, damaged or incomplete, or there is no tokenizer.
     """
     model, loading = SAERegGPT2LMHeadModel.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True
+        name, dtype=torch.float32, output_loading_info=True, **options
     )
     if loading["missing_keys"]:
         raise CheckpointError(

@@ -1,8 +1,6 @@
 """GPT-2 that carries sparse autoencoders on its residual stream.
 
 Notable:
-- sites are read and patched by hooks before each block and before `ln_f`, under one context
-  manager; `hidden_states[-1]` is after `ln_f` and never used
 - the term is computed inside `forward`, so DDP and FSDP see every parameter used; without labels
   (`generate`) the heads cost nothing
 - heads are attached after `transformers` has loaded and initialised the language model, so neither
@@ -10,7 +8,7 @@ Notable:
 - what is saved at the root is a plain `GPT2LMHeadModel`; the heads go to `saes/`
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,18 +19,17 @@ import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.utils import can_return_tuple
 
+from hf_saereg.adapters import Adapted
 from hf_saereg.cards import publish
 from hf_saereg.checkpoint import CheckpointError, find_checkpoint
-from hf_saereg.configuration import gpt2_hook_names
+from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.heads import HeadConfigError, SAEHead, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import (
-    HeadFolderError,
     check_matches,
     check_savable,
     load_head,
@@ -41,10 +38,8 @@ from hf_saereg.heads.folder import (
 )
 from hf_saereg.hub import HUB_OPTIONS, PushArguments
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
+from hf_saereg.sites import SitedGPT2LMHeadModel
 from hf_saereg.splicing import Splice
-
-# (batch, sequence, d_in) → what the stream continues with; None leaves it as it is
-SiteFunction = Callable[[Tensor], Tensor | None]
 
 
 @dataclass
@@ -63,7 +58,7 @@ class SAERegOutput(CausalLMOutputWithCrossAttentions):
     sites: dict[str, SiteTerm] | None = None
 
 
-class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
+class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
     """GPT-2 with one sparse autoencoder on each of some residual-stream sites.
 
     Starts without heads: `attach_heads` adds them, `from_pretrained` loads saved ones.
@@ -77,11 +72,6 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         self.loss_type = "ForCausalLM"  # transformers guesses it from the names of its own classes
         self.heads = HeadBank()
         self.term = TermOptions()  # how the term is computed in training
-
-    @property
-    def hook_names(self) -> list[str]:
-        """All sites of this model, in stream order, with or without a head."""
-        return gpt2_hook_names(self.config.n_layer)
 
     def attach_heads(
         self, configs: Iterable[SAEHeadConfig], term: TermOptions | None = None
@@ -123,50 +113,6 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
                     f"the model's stream has {self.config.n_embd}."
                 )
         self.heads = bank.to(self.device).train(self.training)
-
-    @contextmanager
-    def at_sites(self, functions: dict[str, SiteFunction]) -> Iterator[None]:
-        """Call a function on the activations at each named site, in every forward pass inside.
-
-        Args:
-            functions: by hook name; what a function returns replaces the activations from there on.
-
-        Raises:
-            KeyError: if a hook name is not one of `hook_names`.
-        """
-        modules = dict(
-            zip(self.hook_names, [*self.transformer.h, self.transformer.ln_f], strict=True)
-        )
-        # all names are looked up before a hook is set, so that a wrong one leaves none behind
-        targets = [(modules[hook_name], function) for hook_name, function in functions.items()]
-        handles = [
-            module.register_forward_pre_hook(_on_first_argument(function))
-            for module, function in targets
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def reading(self, hook_names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """Collect the activations at the named sites.
-
-        Args:
-            hook_names: which sites.
-
-        Yields:
-            A dictionary that each forward pass inside fills: (batch, sequence, d_in) by hook name.
-        """
-        activations: dict[str, Tensor] = {}
-        # dict.update returns None, so the stream goes on as it is
-        functions = {
-            hook_name: lambda x, hook_name=hook_name: activations.update({hook_name: x})
-            for hook_name in hook_names
-        }
-        with self.at_sites(functions):
-            yield activations
 
     @can_return_tuple
     def forward(
@@ -232,20 +178,8 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
             output = super().forward(**inputs)
         if self.term.splice_loss == "ce":
             return output.loss
-        predicted = inputs["labels"][:, 1:] != -100  # (batch, sequence - 1)
-        log_p = plain_logits[:, :-1][predicted].detach().float().log_softmax(-1)
-        log_q = output.logits[:, :-1][predicted].float().log_softmax(-1)
         number = inputs.get("num_items_in_batch")
-        kl = kl_div(log_q, log_p, log_target=True, reduction="sum")
-        return kl / (predicted.sum() if number is None else number)
-
-    def plain_view(self) -> GPT2LMHeadModel:
-        """The language model alone, as stock GPT-2 that shares this one's parameters."""
-        with torch.device("meta"):
-            view = GPT2LMHeadModel(self.config)
-        view.transformer, view.lm_head = self.transformer, self.lm_head
-        view.generation_config = self.generation_config
-        return view.train(self.training)
+        return kl_of_predictions(plain_logits, output.logits, inputs["labels"], number)
 
     def save_pretrained(
         self,
@@ -256,7 +190,7 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         head_metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a plain GPT-2 checkpoint, and the heads below `saes/`.
+        """Write a plain GPT-2 checkpoint, or the adapter alone, and the heads below `saes/`.
 
         Args:
             save_directory: folder; created if absent.
@@ -275,14 +209,18 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         repo_id = kwargs.pop("repo_id", Path(save_directory).absolute().name)
         options = [option.name for option in fields(PushArguments)] if push_to_hub else []
         options = {name: kwargs.pop(name) for name in options if name in kwargs}
+        heads = self.heads
         if state_dict is not None:
+            own = {
+                k.removeprefix("heads."): v for k, v in state_dict.items() if k.startswith("heads.")
+            }
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("heads.")}
-        self.plain_view().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-        )
+            heads = heads.with_state(own) if own else heads
+        save = super().save_pretrained if self.has_adapters else self.plain_view().save_pretrained
+        save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         if is_main_process:
             metadata = {"context_size": self.config.n_positions, **(head_metadata or {})}
-            save_heads(self.heads, Path(save_directory), metadata)
+            save_heads(heads, Path(save_directory), metadata)
             if push_to_hub:
                 publish(save_directory, repo_id, PushArguments(**options))
 
@@ -398,14 +336,6 @@ class SAERegGPT2LMHeadModel(GPT2LMHeadModel):
         self.place_heads(loaded)
 
 
-def _on_first_argument(function: SiteFunction) -> Callable[[nn.Module, tuple], tuple | None]:
-    def pre_hook(_module: nn.Module, args: tuple) -> tuple | None:
-        replacement = function(args[0])
-        return None if replacement is None else (replacement, *args[1:])
-
-    return pre_hook
-
-
 def _token_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """(batch, sequence) where a token of x, (batch, sequence, d_in), counts; None when all do."""
     if attention_mask is None:
@@ -430,6 +360,3 @@ def _without_checkpointing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for block in checkpointed:
             block.gradient_checkpointing = True
-
-
-__all__ = ["HeadFolderError", "SAERegGPT2LMHeadModel", "SAERegOutput", "SiteFunction"]

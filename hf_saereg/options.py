@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from hf_saereg.errors import UserError
 
@@ -79,8 +79,9 @@ def as_record(options: Sequence[Any]) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for instance in options:
-        is_training = isinstance(instance, TrainingArguments)
-        record |= instance.to_sanitized_dict() if is_training else dataclasses.asdict(instance)
+        # that of `TrainingArguments`, which take seconds to import
+        sanitized = getattr(instance, "to_sanitized_dict", None)
+        record |= sanitized() if sanitized else dataclasses.asdict(instance)
     return {
         name: value.value if isinstance(value, Enum) else value for name, value in record.items()
     }

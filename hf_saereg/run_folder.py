@@ -66,8 +66,10 @@ def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> Non
         return
     before = json.loads((folder / RUN_FILE).read_text())["options"]
     options = json.loads(json.dumps(options))
-    for name in sorted(before.keys() | options.keys() - CONTINUATION_OPTIONS):
-        if name not in CONTINUATION_OPTIONS and before.get(name) != options.get(name):
+    # an option of a later version that is off changes nothing
+    added = {name for name in options.keys() - before.keys() if not options[name]}
+    for name in sorted((before.keys() | options.keys()) - CONTINUATION_OPTIONS - added):
+        if before.get(name) != options.get(name):
             raise RunFolderError(
                 f"{folder} holds another run ({name} was {before.get(name)!r}, now "
                 f"{options.get(name)!r}); choose another output_dir or delete that folder."

@@ -9,7 +9,12 @@ Notable:
 - after each optimizer step the heads see what the tokens of all processes did: dead latents are
   counted and coefficients steered alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
-- a checkpoint counts as complete once `trainer_state.json`, written last, is in it
+- frozen heads are not regularized with: their reconstructions take the place of the activations
+  while the model trains, in the backward pass too, which may compute the blocks again
+- with `anchor_weight` the loss has KL(base ‖ model) on the plain path, with `eval_base` evaluations
+  measure it; the base is the model as it was given, without adapters
+- a checkpoint counts as complete once `trainer_state.json` is in it, which is written last, after
+  every process has written what is its own
 - no pickle is written beside the weights; optimizer and random state stay in `checkpoint-*`
 """
 
@@ -17,7 +22,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,112 +36,31 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_saereg import kernels
-from hf_saereg.cards import LICENSE, write_card
+from hf_saereg.cards import write_card
+from hf_saereg.corpora import first_rows
+from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_matches, check_savable
-from hf_saereg.heads.health import CENTRES, centre, resample
+from hf_saereg.heads.health import centre, resample
 from hf_saereg.layout import TRAINING_RECORD, without_folder
 from hf_saereg.meter import TermMeter
 from hf_saereg.modeling import SAERegOutput
-from hf_saereg.publishing import PublishingTrainer, changed_options, check_strategy
+from hf_saereg.progress import ReadableProgress
+from hf_saereg.publishing import PublishingTrainer, changed_options
+from hf_saereg.reference import Reference
+from hf_saereg.resuming import SESSION_FILE, STATE_FILE, last_complete_checkpoint
 from hf_saereg.run_folder import package_versions, write_json
-
-SESSION_FILE = "saereg_session.json"
-STATE_FILE = "trainer_state.json"
+from hf_saereg.sharding import load_full_state
+from hf_saereg.splicing import Splice
+from hf_saereg.training_arguments import SAERegArguments
 
 
 class NonFiniteLossError(UserError):
     """CE or the term became NaN or infinite; the message names the step and the site."""
-
-
-@dataclass
-class SAERegArguments(TrainingArguments):
-    """`TrainingArguments` with the options of the term.
-
-    Args:
-        kernel: how the heads' losses are computed: auto, dense, sparse (on a CPU) or triton (on a
-            GPU).
-        b_dec_init: where `b_dec` of new heads starts: zero, or the mean or geometric_median of the
-            first training rows' activations.
-        b_dec_init_rows: how many rows.
-        resample_every: steps after which dead latents get a new life; 0 for never.
-        eval_fidelity: at each evaluation, also splice the heads into the model and score them.
-        model_license: of the published model, as the Hub abbreviates it.
-        metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
-        report_to: TensorBoard unless said otherwise.
-
-    Raises:
-        UserError: if there is no such kernel or centre, the kernel does not run on the device, a
-            number cannot be, or `hub_strategy` publishes optimizer state.
-    """
-
-    output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata={"help": "Where scalars go."}
-    )
-    kernel: str = field(
-        default="auto",
-        metadata={
-            "help": "How the heads' losses are computed: auto, dense, sparse (CPU) or triton (GPU)."
-        },
-    )
-
-    b_dec_init: str = field(
-        default="zero",
-        metadata={"help": "Where b_dec of new heads starts: zero, mean or geometric_median."},
-    )
-    b_dec_init_rows: int = field(
-        default=64, metadata={"help": "Training rows that b_dec is initialised from."}
-    )
-    resample_every: int = field(
-        default=0, metadata={"help": "Steps after which dead latents start anew; 0: never."}
-    )
-
-    eval_fidelity: bool = field(
-        default=False,
-        metadata={
-            "help": "At each evaluation also score the heads spliced into the model: CE increase, "
-            "CE recovered and KL a site, compound; costs about four forward passes a site more."
-        },
-    )
-    model_license: str = field(
-        default=LICENSE, metadata={"help": "License of the model, for its card."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.b_dec_init not in CENTRES:
-            raise UserError(
-                f"b_dec_init is {self.b_dec_init!r}; choose one of {', '.join(CENTRES)}."
-            )
-        for name, least in (("b_dec_init_rows", 1), ("resample_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
-            self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
-        super().__post_init__()
-        kernels.check(self.kernel, self.device)
-        check_strategy(self.hub_strategy)
-
-    @property
-    def resumes(self) -> bool:
-        """Whether an interrupted run in `output_dir` is to be continued.
-
-        Raises:
-            UserError: if it names a checkpoint; the last complete one is found instead.
-        """
-        answer = str(self.resume_from_checkpoint).lower()
-        if answer not in ("true", "false", "none"):
-            raise UserError(
-                f"resume_from_checkpoint is {self.resume_from_checkpoint!r}; say true or false, "
-                "the last complete checkpoint in output_dir is then found."
-            )
-        return answer == "true"
 
 
 class SAERegTrainer(PublishingTrainer):
@@ -149,6 +73,7 @@ class SAERegTrainer(PublishingTrainer):
 
     Raises:
         HeadConfigError: if a head could not be saved.
+        UserError: if `anchor_weight` has nothing to hold.
     """
 
     # compute_loss divides by the whole accumulated batch itself
@@ -169,22 +94,68 @@ class SAERegTrainer(PublishingTrainer):
         self._clock_started: float | None = None
         self._tokens_in_batch: Tensor | None = None
         self._train_meter, self._eval_meter = TermMeter(), TermMeter()
-        self._ce_sum, self._steps = torch.zeros((), device=self.args.device), 0
-        # summed over predicted tokens, and their number
-        self._eval_ce = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        # of the steps since the last log: CE and, weighted or not, KL(base ‖ model)
+        self._step_sums, self._steps = torch.zeros(2, device=self.args.device), 0
+        # over predicted tokens: CE, their number, CE of the base, KL(base ‖ model)
+        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         check_savable(self.model.heads)
+        self._splices = self._new_splices()
+        self._check_anchor()
+        self._ce_weight, self._kl_weight = 1.0, self.args.anchor_weight
+        if self._splices and self.model.term.splice_loss == "kl":
+            self._ce_weight, self._kl_weight = 0.0, 1.0
+        self.reference = None
+        if self._kl_weight or self.args.eval_base:
+            self.reference = Reference(self.model)
         for head in self.model.heads:
             head.kernel = self.args.kernel
         # per site, of the micro-batches since the last optimizer step: fired, tokens
         self._unobserved: dict[str, tuple[Tensor, Tensor]] = {}
         self._micro_batch = 0  # since the last optimizer step
         self._last_inputs: dict[str, Any] = {}
-        if self.model.heads:
+        if self.model.heads and not self._splices:
             self.add_callback(HeadUpkeep(self))
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             self.add_callback(ReadableProgress())
 
+    def _new_splices(self) -> dict[str, Splice]:
+        """The heads in the place of their sites, where they are frozen."""
+        heads = self.model.heads if self.model.heads.frozen else []
+        return {head.config.hook_name: Splice(head) for head in heads}
+
+    def _check_anchor(self) -> None:
+        if not self.args.anchor_weight:
+            return
+        if self._splices:
+            raise UserError(
+                "anchor_weight holds the model without reconstructions in it, and frozen heads are "
+                "spliced into every step; leave it out, and say splice_loss kl to stay close."
+            )
+        if not any(p.requires_grad for p in self.model.base_model.parameters()):
+            raise UserError(
+                "anchor_weight holds the language model, which is frozen here; leave it out."
+            )
+
     # ---- loss ----
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """As `Trainer.training_step`, with frozen heads in place until the gradients are there."""
+        inputs = self._prepare_inputs(inputs)
+        if self._kl_weight:
+            inputs = {**inputs, "reference_logits": self._reference_logits(inputs)}
+        for splice in self._splices.values():
+            splice.mask = inputs.get("attention_mask")
+        with self.model.at_sites(self._splices):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _reference_logits(self, inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            return self.reference.logits(inputs)
 
     def get_batch_samples(
         self,
@@ -212,32 +183,80 @@ class SAERegTrainer(PublishingTrainer):
         Raises:
             NonFiniteLossError: if CE or the term is NaN or infinite.
         """
+        inputs = dict(inputs)
+        reference = inputs.pop("reference_logits", None)
         if model.training and self.model.heads:
-            inputs = {**inputs, **self._term_inputs()}
+            inputs |= {"compute_term": False} if self._splices else self._term_inputs()
+        # in evaluation the mean over this process's own tokens, whose number is known here
+        number = num_items_in_batch if model.training else None
         ce, output = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, inputs, return_outputs=True, num_items_in_batch=number
         )
         self._check_finite(ce, output)
-        loss = ce
         if model.training:
-            self._ce_sum += ce.detach()
+            loss = self._training_loss(ce, output, inputs, reference, num_items_in_batch)
         else:
-            predicted = (inputs["labels"][:, 1:] != -100).sum()
-            self._eval_ce += torch.stack([ce.detach() * predicted, predicted])
-        if output.term is not None:
-            meter = self._train_meter if model.training else self._eval_meter
-            meter.update(output.sites)
-            if model.training:
-                self._remember(inputs, output)
-                # DDP averages gradients over processes, hence the factor; CE carries it already
-                tokens = _token_count(inputs) * self.accelerator.num_processes
-                term = output.term * tokens / self._tokens_in_batch
-                if output.spliced_loss is not None:
-                    averaged = num_items_in_batch is not None
-                    factor = self.accelerator.num_processes if averaged else 1
-                    term = term + factor * self.model.term.splice_weight * output.spliced_loss
-                loss = ce + self.model.term.warmup_factor(self.state.global_step) * term
+            loss = ce
+            self._count_real_rows(model, ce, output, inputs)
         return (loss, output) if return_outputs else loss
+
+    def _training_loss(
+        self,
+        ce: Tensor,
+        output: SAERegOutput,
+        inputs: dict[str, Any],
+        reference: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        # DDP averages gradients over processes, hence the factor; CE carries it already
+        processes = self.accelerator.num_processes
+        averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        loss, kl = self._ce_weight * ce, torch.zeros_like(ce)
+        if reference is not None:
+            kl = kl_of_predictions(reference, output.logits, inputs["labels"], num_items_in_batch)
+            kl = kl * (processes if averaged else 1)
+            loss = loss + self._kl_weight * kl
+        self._step_sums += torch.stack([ce.detach(), kl.detach()])
+        if output.term is not None:
+            self._train_meter.update(output.sites)
+            self._remember(inputs, output)
+            term = output.term * _token_count(inputs) * processes / self._tokens_in_batch
+            if output.spliced_loss is not None:
+                factor = processes if averaged else 1
+                term = term + factor * self.model.term.splice_weight * output.spliced_loss
+            loss = loss + self.model.term.warmup_factor(self.state.global_step) * term
+        return loss
+
+    def _count_real_rows(
+        self, model: nn.Module, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]
+    ) -> None:
+        rows = len(inputs["labels"])
+        real = self._real_rows(rows)
+        if 0 < real < rows:
+            inputs = {name: tensor[:real] for name, tensor in inputs.items()}
+            output = model(**inputs)
+            ce = output.loss
+        if real > 0:
+            self._count_evaluation(ce, output, inputs)
+
+    def _real_rows(self, rows: int) -> int:
+        """How many of a batch are not there only to give every process equally many."""
+        last = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
+            return rows
+        return min(max(last.remainder - self.args.process_index * rows, 0), rows)
+
+    def _count_evaluation(self, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]) -> None:
+        labels = inputs["labels"]
+        predicted = (labels[:, 1:] != -100).sum()
+        base_ce = kl = torch.zeros_like(ce)
+        if self.reference is not None:
+            base = self._reference_logits(inputs)
+            base_ce = self.model.loss_function(base, labels, self.model.config.vocab_size)
+            kl = kl_of_predictions(base, output.logits, labels)
+        self._eval_sums += torch.stack([ce.detach(), torch.ones_like(ce), base_ce, kl]) * predicted
+        if output.term is not None:
+            self._eval_meter.update(output.sites)
 
     def _term_inputs(self) -> dict[str, int]:
         """What the random choices of a micro-batch depend on: a resumed run makes them again."""
@@ -277,6 +296,19 @@ class SAERegTrainer(PublishingTrainer):
             if parameter.ndim >= 2 and not name.removeprefix("module.").startswith("heads.")
         ]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """With the heads in a group of their own, if they have another learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.heads_learning_rate
+        own = {p for p in self.model.heads.parameters() if p.requires_grad}
+        if is_new and rate is not None and own:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p not in own]
+            heads = [p for p in self.model.heads.parameters() if p in own]  # in a fixed order
+            optimizer.add_param_group({"params": heads, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
     # ---- upkeep of the heads ----
 
     def after_optimizer_step(self) -> None:
@@ -299,8 +331,7 @@ class SAERegTrainer(PublishingTrainer):
 
     def initialise_biases(self) -> None:
         """Start `b_dec` of every head in the middle of the first training rows' activations."""
-        number = min(self.args.b_dec_init_rows, len(self.train_dataset))
-        rows = [self.train_dataset[i] for i in range(number)]
+        rows = first_rows(self.train_dataset, self.args.b_dec_init_rows)
         inputs = self._prepare_inputs(self.data_collator(rows))
         for hook_name, x in self._activations(inputs).items():
             head = self.model.heads[hook_name]
@@ -321,16 +352,37 @@ class SAERegTrainer(PublishingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add CE and the term's figures to the training log."""
-        if "loss" in logs and self.model.heads:
-            ce = self.accelerator.reduce(self._ce_sum, reduction="mean").item() / self._steps
-            logs = {**logs, "ce": ce, "term_share": 1 - ce / logs["loss"]}
-            logs |= self._train_meter.read(self.accelerator)
-            for head in self.model.heads:
-                logs[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
-                # by tokens since a latent last fired, not by this window alone
-                logs[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
-            self._ce_sum, self._steps = torch.zeros_like(self._ce_sum), 0
+        if "loss" in logs and (self.model.heads or self.reference):
+            sums = self.accelerator.reduce(self._step_sums, reduction="mean") / self._steps
+            ce, kl = sums.tolist()
+            logs = {**logs, "ce": ce}
+            if self._kl_weight:
+                logs["kl_to_base"] = kl
+            if self._splices:
+                logs |= self._spliced_figures()
+            elif self.model.heads:
+                plain = self._ce_weight * ce + self._kl_weight * kl
+                logs |= {"term_share": 1 - plain / logs["loss"]}
+                logs |= self._train_meter.read(self.accelerator) | self._upkeep_figures()
+            self._step_sums, self._steps = torch.zeros_like(self._step_sums), 0
         super().log(logs, start_time)
+
+    def _upkeep_figures(self) -> dict[str, float]:
+        figures = {}
+        for head in self.model.heads:
+            figures[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
+            # by tokens since a latent last fired, not by this window alone
+            figures[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
+        return figures
+
+    def _spliced_figures(self) -> dict[str, float]:
+        splices, self._splices = self._splices, self._new_splices()
+        seen = {hook_name: splice.statistics for hook_name, splice in splices.items()}
+        return {
+            f"{name}/{hook_name}": figure
+            for hook_name, statistics in self.accelerator.reduce(seen).items()
+            for name, figure in statistics.figures().items()
+        }
 
     def evaluation_loop(
         self,
@@ -343,15 +395,17 @@ class SAERegTrainer(PublishingTrainer):
 
         `loss` becomes the mean over predicted tokens, whatever the lengths of rows and batches.
         """
-        self._eval_ce.zero_()
+        self._eval_sums.zero_()
         output = super().evaluation_loop(
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         figures = self._eval_meter.read(self.accelerator)
         if self.args.eval_fidelity and self.model.heads:
             figures |= self._fidelity(dataloader)
-        ce_sum, predicted = self.accelerator.reduce(self._eval_ce).tolist()
-        figures["loss"] = ce_sum / predicted
+        ce, predicted, base_ce, kl = self.accelerator.reduce(self._eval_sums).tolist()
+        figures["loss"] = ce / predicted
+        if self.reference is not None:
+            figures |= {"base_loss": base_ce / predicted, "kl_to_base": kl / predicted}
         figures["objective"] = figures["loss"] + figures.get("term", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
         return output
@@ -374,16 +428,21 @@ class SAERegTrainer(PublishingTrainer):
         """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
 
         `train_ce` is over as many training blocks, from the start of the text, as there are
-        validation blocks. Every process must call it.
+        validation blocks; `base_ce` and `kl_to_base` are there with `eval_base` or an anchor. Every
+        process must call it.
         """
-        n_blocks = min(len(self.train_dataset), len(self.eval_dataset))
-        head_of_train = self.train_dataset.select(range(n_blocks))
+        head_of_train = first_rows(self.train_dataset, len(self.eval_dataset))
         eval_metrics = self.evaluate()
         train_metrics = self.evaluate(head_of_train, metric_key_prefix="train")
+        base = {}
+        if self.reference is not None:
+            base = {"base_ce": eval_metrics["eval_base_loss"]}
+            base |= {"kl_to_base": eval_metrics["eval_kl_to_base"]}
         tokens = self.state.global_step * self._tokens_per_step()
         return {
             "eval_ce": eval_metrics["eval_loss"],
             "eval_objective": eval_metrics["eval_objective"],
+            **base,
             "train_ce": train_metrics["train_loss"],
             "tokens_per_second": tokens / self.train_seconds,
             "train_seconds": self.train_seconds,
@@ -432,6 +491,18 @@ class SAERegTrainer(PublishingTrainer):
             self.processing_class.save_pretrained(output_dir)
         self.describe(Path(output_dir))
 
+    def save_merged(self, folder: Path) -> None:
+        """Merge the adapters into the model, and save the plain GPT-2 that it is then.
+
+        Args:
+            folder: created if absent.
+
+        Raises:
+            AdapterError: if there is no adapter, or the merged weights are not finite.
+        """
+        self.model.merge_and_unload()
+        self._save(str(folder))
+
     def describe(self, folder: Path) -> None:
         """Write `training.json` and the card beside a saved model: what is known of it by now.
 
@@ -459,8 +530,11 @@ class SAERegTrainer(PublishingTrainer):
     def _tokens_per_step(self) -> int:
         if self.train_dataset is None:
             return 0
-        rows = self.get_total_train_batch_size(self.args)
-        return rows * len(self.train_dataset[0]["input_ids"])
+        return self.get_total_train_batch_size(self.args) * self._row_length
+
+    @cached_property
+    def _row_length(self) -> int:
+        return len(first_rows(self.train_dataset, 1)[0]["input_ids"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._clock_stopped():
@@ -469,6 +543,11 @@ class SAERegTrainer(PublishingTrainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / SESSION_FILE, {"train_seconds": self.train_seconds})
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # what marks the checkpoint as complete is written next, by one process for all
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -484,7 +563,7 @@ class SAERegTrainer(PublishingTrainer):
         """Language model and heads, into the parameters that the optimizer already holds."""
         saved = type(self.model).from_pretrained(checkpoint)
         check_matches(saved.heads.configs, self.model.heads.configs)
-        self.model.load_state_dict(saved.state_dict())
+        load_full_state(self.model, saved.state_dict())
 
 
 class HeadUpkeep(TrainerCallback):
@@ -507,54 +586,16 @@ class HeadUpkeep(TrainerCallback):
         self.trainer.after_optimizer_step()
 
 
-class ReadableProgress(ProgressCallback):
-    """A progress bar whose log lines put the sites of one figure side by side."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write one line: scalars first, then each figure over all sites."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        by_figure: dict[str, list[str]] = {}
-        for name, value in logs.items():
-            if name == "total_flos":
-                continue
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            by_figure.setdefault(name.split("/")[0], []).append(text)
-        parts = [f"{name} {' '.join(values)}" for name, values in by_figure.items()]
-        self.training_bar.write(f"step {state.global_step} | " + " | ".join(parts))
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, None when there is none.
-
-    A process killed while it wrote leaves a folder without a readable `trainer_state.json`.
-
-    Args:
-        output_dir: folder of a run.
-    """
-    complete = [
-        folder
-        for folder in output_dir.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and _is_json(folder / STATE_FILE)
-    ]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _token_count(inputs: dict[str, Any]) -> int:
     mask = inputs.get("attention_mask")
     return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+__all__ = [
+    "SESSION_FILE",
+    "STATE_FILE",
+    "NonFiniteLossError",
+    "SAERegArguments",
+    "SAERegTrainer",
+    "last_complete_checkpoint",
+]

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     # read when Triton is imported, which the packages below do where they find it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from loopback_hub import LoopbackHub
 from transformers import GPT2Config
 
 from hf_saereg.heads import SAEHeadConfig
@@ -81,6 +82,15 @@ def model(plain_model, head_configs):
 def input_ids():
     """(3, 10), without the padding token."""
     return torch.randint(1, 128, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def hub():
+    """A Hub on this machine."""
+    with LoopbackHub() as running:
+        yield running
+    assert not running.tokens_at_storage, "a token was sent to where large files lie"
+    assert not running.unknown, "the client asked for what this Hub does not speak"
 
 
 @pytest.fixture

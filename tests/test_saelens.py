@@ -8,12 +8,17 @@ from conftest import SITES
 
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import baselines, fidelity
+from hf_saereg.heads import FAMILIES as OUR_FAMILIES
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.heads.saelens import load_saelens_head
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: the extra [interop]")
+
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty")
 
 SITE, D_IN, D_SAE = SITES[1], 16, 48
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -49,7 +54,6 @@ def trained_head(name, x, **options):
     return head.eval()
 
 
-@pytest.mark.filterwarnings("ignore:\nThis SAE has non-empty")
 @pytest.mark.parametrize("normalization", ["published", "layer_norm", "variance"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sae_lens_computes_what_every_head_computes(x, tmp_path, name, normalization):
@@ -84,6 +88,9 @@ INFERENCE = {
     "jumprelu": sae_lens.JumpReLUSAEConfig,
     "topk": sae_lens.TopKSAEConfig,
 }
+
+
+FOREIGN = sorted({*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY} - OUR_FAMILIES.keys())
 
 
 def their_sae(architecture, **options):
@@ -161,14 +168,26 @@ def test_batchtopk_comes_with_its_threshold(x, tmp_path, rescaled, for_inference
     torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
 
 
+def test_matryoshka_comes_as_what_it_is_saved_as_for_inference(x, tmp_path):
+    config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, k=5.0, matryoshka_widths=[16, D_SAE]
+    )
+    config.metadata.hook_name = SITE
+    training = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
+    for parameter in training.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    training.topk_threshold.fill_(0.4)
+    training.save_inference_model(tmp_path)
+    assert_same(load_saelens_head(tmp_path), sae_lens.SAE.load_from_disk(tmp_path), x)
+
+
 def test_their_sae_serves_as_a_head(plain_model, input_ids, tmp_path):
     """Evaluated, trained on as a regularizer, and saved again."""
     their_sae("jumprelu").save_model(tmp_path / "theirs")
     head = load_saelens_head(tmp_path / "theirs", reconstruction_weight=2.0)
     assert head.config.reconstruction_weight == 2.0
     batches = [{"input_ids": input_ids, "labels": input_ids}]
-    clean_ce = baselines(plain_model, batches).clean_ce
-    scores = fidelity(plain_model, HeadBank([head]), batches, clean_ce)
+    scores = fidelity(plain_model, HeadBank([head]), batches, baselines(plain_model, batches))
     assert 0 < scores.sites[SITE].statistics.l0 < D_SAE
 
     plain_model.place_heads([head])
@@ -189,7 +208,7 @@ def test_their_sae_serves_as_a_head(plain_model, input_ids, tmp_path):
         ({"normalize_activations": "expected_average_only_in"}, {}, ["expected_average_only_in"]),
         ({"normalize_activations": "covariance_whitening"}, {}, ["covariance_whitening", "fold"]),
         ({"reshape_activations": "hook_z"}, {}, ["attention"]),
-        ({}, {"architecture": "transcoder"}, ["transcoder", "standard"]),
+        *[({}, {"architecture": name}, [f"'{name}' SAE", "standard"]) for name in FOREIGN],
         ({}, {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, ["blocks.1.hook_mlp_out"]),
         ({}, {"metadata": {}}, ["None"]),
         ({}, {"d_sae": 47}, ["(48, 16)", "(47, 16)"]),

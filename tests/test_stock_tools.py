@@ -1,10 +1,7 @@
 """What users go on with opens our repository in a process that has no `hf_saereg`."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from launching import run_python
 from peft import LoraConfig, get_peft_model
 from training_job import arguments, heads, tiny_model, trainer
 from transformers import GPT2LMHeadModel
@@ -86,13 +83,5 @@ def test_stock_tools_open_a_checkpoint_without_us(model, tmp_path):
     lora.save_pretrained(adapter)
     args = arguments(run, max_steps=3, report_to=["tensorboard"])
     trainer(tiny_model(heads(family="topk")), args).train()
-    done = subprocess.run(
-        [sys.executable, "-c", TOOLS, checkpoint, adapter, run],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("all tools work")
+    said = run_python("-c", TOOLS, checkpoint, adapter, run, folder=tmp_path, HF_HUB_OFFLINE="1")
+    assert said.strip().endswith("all tools work")

@@ -275,7 +275,7 @@ def test_help_lists_every_command(capsys):
 
 def test_options_come_from_a_file_too(tmp_path):
     (tmp_path / "sweep.yaml").write_text("seeds: [3, 4]\nmax_steps: 7\n")
-    line = cli.with_subject("model", ["M", "--config", str(tmp_path / "sweep.yaml")])
+    line = cli.with_subject(["model"], ["M", "--config", str(tmp_path / "sweep.yaml")])
     arguments, _ = parse_options(SweepArguments, TextArguments, arguments=line)
     assert (arguments.model, arguments.seeds, arguments.max_steps) == ("M", [3, 4], 7)
 

