@@ -15,6 +15,7 @@ from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments
 from hf_saereg.fresh import score_model
 from hf_saereg.grid import FreshHeadsArguments
+from hf_saereg.heads import family_named
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions
 
@@ -77,9 +78,6 @@ def describe_setup(
         HeadConfigError: if the fresh heads' sizes do not fit the sites.
     """
     fresh_d_sae = fresh.d_sae_by_site(gpt2_hook_names(config.n_layer)).values()
-    sparsity = f"c {_listed(heads.sparsity_coefficient)}"
-    if heads.k or heads.target_l0:
-        sparsity = f"{'k' if heads.k else 'target L0'} {_listed(heads.k or heads.target_l0)}"
     devices = f"{arguments.world_size} × {arguments.device.type}"
     return {
         "title": f"SAE regularization on {corpus.dataset}",
@@ -93,8 +91,8 @@ def describe_setup(
         * corpus.block_size,
         "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.n_positions}",
-        "regularizer": f"{heads.architecture} heads, d_sae {_listed(heads.d_sae)}, {sparsity}, "
-        f"λ {_listed(heads.reconstruction_weight)}",
+        "regularizer": f"{heads.architecture} heads, d_sae {_listed(heads.d_sae)}, "
+        f"{_sparsity(heads)}, λ {_listed(heads.reconstruction_weight)}",
         "fresh": f"{', '.join(cell.name for cell in fresh.cells(arguments.seed))}; "
         f"d_sae {_listed(dict.fromkeys(fresh_d_sae))}, "
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
@@ -104,6 +102,14 @@ def describe_setup(
         "device": devices,
         "versions": package_versions(),
     }
+
+
+def _sparsity(heads: HeadsArguments) -> str:
+    if family_named(heads.architecture).sparsity_option == "k":
+        return f"k {_listed(heads.k or heads.target_l0)}"
+    if heads.target_l0:
+        return f"target L0 {_listed(heads.target_l0)}"
+    return f"c {_listed(heads.sparsity_coefficient)}"
 
 
 def _listed(values: Iterable[float]) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from transformers import GPT2Config, PreTrainedTokenizerBase
 
-from hf_saereg.heads import HeadConfigError, SAEHeadConfig
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named
 
 T = TypeVar("T")
 
@@ -39,21 +39,26 @@ class HeadsArguments:
         metadata={"help": "Sites to regularize, e.g. blocks.0.hook_resid_pre; all by default."},
     )
     d_sae: list[int] = field(default_factory=lambda: [512], metadata={"help": "Latents a head."})
-    k: list[int] | None = field(
-        default=None, metadata={"help": "Active latents a token (topk and batchtopk heads)."}
-    )
-    sparsity_coefficient: list[float] = field(
-        default_factory=lambda: [0.0],
+    target_l0: list[float] | None = field(
+        default=None,
         metadata={
-            "help": "c, the weight of the sparsity loss (standard, gated and jumprelu heads)."
+            "help": "Active latents a token: k of topk and batchtopk heads; of the others what a "
+            "controller drives c to."
+        },
+    )
+    k: list[int] | None = field(
+        default=None,
+        metadata={"help": "The same by its own name, and before it (topk and batchtopk heads)."},
+    )
+    sparsity_coefficient: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "c, the weight of the sparsity loss (standard, gated and jumprelu heads); with "
+            "target_l0 its start."
         },
     )
     reconstruction_weight: list[float] = field(
         default_factory=lambda: [3.0], metadata={"help": "λ, the weight of R + A in the term."}
-    )
-    target_l0: list[float] | None = field(
-        default=None,
-        metadata={"help": "L0 that a controller drives c to (standard, gated and jumprelu heads)."},
     )
     normalization: str = field(
         default="published",
@@ -111,9 +116,7 @@ class HeadsArguments:
         hook_names = sorted(hook_names, key=sites.index)
         by_site = {
             "d_sae": self.d_sae,
-            "k": self.k or [None],
-            "target_l0": self.target_l0 or [None],
-            "sparsity_coefficient": self.sparsity_coefficient,
+            **self._sparsity(),
             "reconstruction_weight": self.reconstruction_weight,
         }
         own = {name: one_a_site(name, values, len(hook_names)) for name, values in by_site.items()}
@@ -131,6 +134,27 @@ class HeadsArguments:
             )
             for i, hook_name in enumerate(hook_names)
         ]
+
+    def _sparsity(self) -> dict[str, list]:
+        """`k`, `target_l0` and `sparsity_coefficient`, those that the family reads."""
+        if family_named(self.architecture).sparsity_option == "k":
+            if broken := [l0 for l0 in self.target_l0 or () if l0 != int(l0)]:
+                raise HeadConfigError(
+                    f"target_l0 is {broken[0]}, but {self.architecture} heads keep a whole number "
+                    "of latents."
+                )
+            k = self.k or [int(l0) for l0 in self.target_l0 or ()]
+            return {"k": k or [None], "target_l0": [None], "sparsity_coefficient": [0.0]}
+        if self.target_l0 is None and self.sparsity_coefficient is None:
+            raise HeadConfigError(
+                f"Nothing says how sparse the {self.architecture} heads shall be; give target_l0 "
+                "or sparsity_coefficient" + (f" (k, {self.k}, is not theirs)." if self.k else ".")
+            )
+        return {
+            "k": [None],
+            "target_l0": self.target_l0 or [None],
+            "sparsity_coefficient": self.sparsity_coefficient or [0.0],
+        }
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from hf_saereg.configuration import one_a_site
-from hf_saereg.heads import FAMILIES, HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named, make_head
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Cell:
         whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
         options = {self.option: int(self.sparsity) if whole else self.sparsity}
         if self.option == "target_l0":
-            options["sparsity_coefficient"] = FAMILIES[self.architecture].first_coefficient
+            options["sparsity_coefficient"] = family_named(self.architecture).first_coefficient
         if self.option == "k" and not whole:
             raise HeadConfigError(
                 f"A {self.architecture} head cannot keep {self.sparsity} latents a token; its "
@@ -148,20 +148,6 @@ class Sweep:
         """Cells that are trained together, one group after the other."""
         size = self.cells_at_once or max(len(cells), 1)
         return [cells[first : first + size] for first in range(0, len(cells), size)]
-
-
-def sparsity_option(architecture: str) -> str:
-    """What sets the sparsity of a family: `k` or `sparsity_coefficient`.
-
-    Raises:
-        HeadConfigError: if there is no such family.
-    """
-    if architecture not in FAMILIES:
-        raise HeadConfigError(
-            f"Unknown architecture {architecture!r} among the fresh heads; choose from "
-            f"{', '.join(FAMILIES)}."
-        )
-    return FAMILIES[architecture].sparsity_option
 
 
 @dataclass
@@ -248,7 +234,7 @@ class FreshHeadsArguments:
         return cells
 
     def _sparsities(self, architecture: str) -> tuple[str, Sequence[float]]:
-        if sparsity_option(architecture) == "k":
+        if family_named(architecture).sparsity_option == "k":
             return "k", self.fresh_k
         if self.fresh_target_l0 is not None:
             return "target_l0", self.fresh_target_l0

@@ -3,6 +3,7 @@ import pytest
 from hf_saereg.configuration import CharacterModelArguments, HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import character_tokenizer
 from hf_saereg.errors import UserError
+from hf_saereg.heads import FAMILIES, make_head
 
 PRE_0, PRE_1 = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
 POST = "blocks.1.hook_resid_post"
@@ -35,6 +36,15 @@ def test_values_go_to_sites_in_stream_order(config):
     ] == [(8, 0.1, 1.0), (300, 0.2, 2.0), (17, 0.3, 3.0)]
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_one_target_serves_every_family(config, architecture):
+    heads = HeadsArguments(architecture=architecture, d_sae=[32], target_l0=[4.0])
+    for head in heads.head_configs(config):
+        assert (head.k or head.target_l0) == 4
+        assert (head.k is None) != (head.target_l0 is None)
+        make_head(head)
+
+
 @pytest.mark.parametrize("hook_names", [[POST, PRE_0], [PRE_0, POST]])
 def test_subset_of_sites_takes_values_in_stream_order_however_it_is_listed(config, hook_names):
     configs = HeadsArguments(hook_names=hook_names, d_sae=[8, 9], k=[2]).head_configs(config)
@@ -57,7 +67,13 @@ def test_subset_of_sites_takes_values_in_stream_order_however_it_is_listed(confi
         ({"k": [1, 2]}, "k has 2 values for 3 sites"),
         ({"reconstruction_weight": [-1.0]}, "reconstruction_weight"),
         ({"reconstruction_weight": [float("nan")]}, "reconstruction_weight"),
-        ({"sparsity_coefficient": [0.1, -0.1, 0.1]}, f"sparsity_coefficient at {PRE_1} is -0.1"),
+        (
+            {"architecture": "gated", "sparsity_coefficient": [0.1, -0.1, 0.1]},
+            f"sparsity_coefficient at {PRE_1} is -0.1",
+        ),
+        ({"architecture": "gated"}, "how sparse the gated heads shall be"),
+        ({"k": None, "target_l0": [2.5]}, "a whole number"),
+        ({"architecture": "relu"}, "Unknown architecture 'relu'"),
     ],
 )
 def test_bad_option_is_named_in_one_sentence(config, options, culprit):

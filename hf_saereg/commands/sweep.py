@@ -25,8 +25,8 @@ from datasets import DatasetDict
 
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import score_model
-from hf_saereg.grid import Cell, Schedule, Sweep, sparsity_option
-from hf_saereg.heads import HeadConfigError
+from hf_saereg.grid import Cell, Schedule, Sweep
+from hf_saereg.heads import HeadConfigError, family_named
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
@@ -260,7 +260,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _option(family: str) -> str:
-    return "k" if sparsity_option(family) == "k" else "target_l0"
+    return "k" if family_named(family).sparsity_option == "k" else "target_l0"
 
 
 def _whole(number: float) -> float:

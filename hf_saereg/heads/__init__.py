@@ -1,6 +1,7 @@
 """What a sparse autoencoder is: the families by name, the losses, the files.
 
-`make_head(config)` is the registry's only door: a new family is one new file and one line here.
+`family_named` and `make_head` are the registry's only doors: a new family is one new file and one
+line here.
 """
 
 from hf_saereg.heads.base import SAEHead
@@ -18,6 +19,19 @@ FAMILIES: dict[str, type[SAEHead]] = {
 }
 
 
+def family_named(architecture: str) -> type[SAEHead]:
+    """The family of that name.
+
+    Raises:
+        HeadConfigError: if there is none.
+    """
+    if architecture not in FAMILIES:
+        raise HeadConfigError(
+            f"Unknown architecture {architecture!r}; choose one of {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[architecture]
+
+
 def make_head(config: SAEHeadConfig) -> SAEHead:
     """A freshly initialised head.
 
@@ -27,11 +41,7 @@ def make_head(config: SAEHeadConfig) -> SAEHead:
     Raises:
         HeadConfigError: if the architecture is unknown or its own options are wrong.
     """
-    if config.architecture not in FAMILIES:
-        raise HeadConfigError(
-            f"Unknown architecture {config.architecture!r}; choose one of {', '.join(FAMILIES)}."
-        )
-    return FAMILIES[config.architecture](config)
+    return family_named(config.architecture)(config)
 
 
 __all__ = [
@@ -47,5 +57,6 @@ __all__ = [
     "SiteStatistics",
     "StandardSAE",
     "TopKSAE",
+    "family_named",
     "make_head",
 ]
