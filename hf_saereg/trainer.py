@@ -403,6 +403,11 @@ class SAERegTrainer(PublishingTrainer):
         if self.args.eval_fidelity and self.model.heads:
             figures |= self._fidelity(dataloader)
         ce, predicted, base_ce, kl = self.accelerator.reduce(self._eval_sums).tolist()
+        if predicted == 0:
+            raise UserError(
+                "The evaluation read no token that is predicted: give it a text of at least one "
+                "batch, lower per_device_eval_batch_size, or leave dataloader_drop_last out."
+            )
         figures["loss"] = ce / predicted
         if self.reference is not None:
             figures |= {"base_loss": base_ce / predicted, "kl_to_base": kl / predicted}

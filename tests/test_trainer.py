@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_job import (
+    CONTEXT,
     LENGTHS,
     SITES,
     WIDTH,
@@ -235,6 +236,12 @@ def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
     for site in SITES:
         for name in ("l0", "fvu", "dead_fraction", "x_norm"):
             assert math.isfinite(found[f"eval_{name}/{site}"])
+
+
+def test_an_evaluation_of_no_batch_is_refused(tmp_path):
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=9)
+    with pytest.raises(UserError, match="leave dataloader_drop_last out"):
+        trainer(tiny_model(), args, eval_dataset=rows([CONTEXT] * 8)).evaluate()
 
 
 def test_without_heads_the_objective_is_the_loss(tmp_path):
