@@ -15,7 +15,6 @@ from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments
 from hf_saereg.fresh import score_model
 from hf_saereg.grid import FreshHeadsArguments
-from hf_saereg.heads import family_named
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions
 
@@ -105,11 +104,10 @@ def describe_setup(
 
 
 def _sparsity(heads: HeadsArguments) -> str:
-    if family_named(heads.architecture).sparsity_option == "k":
-        return f"k {_listed(heads.k or heads.target_l0)}"
-    if heads.target_l0:
-        return f"target L0 {_listed(heads.target_l0)}"
-    return f"c {_listed(heads.sparsity_coefficient)}"
+    values = heads.sparsity()
+    names = {"k": "k", "target_l0": "target L0", "sparsity_coefficient": "c"}
+    option = next(option for option in names if values[option][0] is not None)
+    return f"{names[option]} {_listed(values[option])}"
 
 
 def _listed(values: Iterable[float]) -> str:

@@ -116,7 +116,7 @@ class HeadsArguments:
         hook_names = sorted(hook_names, key=sites.index)
         by_site = {
             "d_sae": self.d_sae,
-            **self._sparsity(),
+            **self.sparsity(),
             "reconstruction_weight": self.reconstruction_weight,
         }
         own = {name: one_a_site(name, values, len(hook_names)) for name, values in by_site.items()}
@@ -135,26 +135,31 @@ class HeadsArguments:
             for i, hook_name in enumerate(hook_names)
         ]
 
-    def _sparsity(self) -> dict[str, list]:
-        """`k`, `target_l0` and `sparsity_coefficient`, those that the family reads."""
-        if family_named(self.architecture).sparsity_option == "k":
-            if broken := [l0 for l0 in self.target_l0 or () if l0 != int(l0)]:
-                raise HeadConfigError(
-                    f"target_l0 is {broken[0]}, but {self.architecture} heads keep a whole number "
-                    "of latents."
-                )
-            k = self.k or [int(l0) for l0 in self.target_l0 or ()]
-            return {"k": k or [None], "target_l0": [None], "sparsity_coefficient": [0.0]}
-        if self.target_l0 is None and self.sparsity_coefficient is None:
+    def sparsity(self) -> dict[str, list]:
+        """`k`, `target_l0` and `sparsity_coefficient`: values of what the family reads.
+
+        Raises:
+            HeadConfigError: if nothing says how sparse the heads shall be, or k is no whole number.
+        """
+        has_k = family_named(self.architecture).sparsity_option == "k"
+        k = self.k or self.target_l0
+        if not (k if has_k else self.target_l0 or self.sparsity_coefficient):
+            other = "k" if has_k else "sparsity_coefficient"
             raise HeadConfigError(
                 f"Nothing says how sparse the {self.architecture} heads shall be; give target_l0 "
-                "or sparsity_coefficient" + (f" (k, {self.k}, is not theirs)." if self.k else ".")
+                f"or {other}."
             )
-        return {
-            "k": [None],
-            "target_l0": self.target_l0 or [None],
-            "sparsity_coefficient": self.sparsity_coefficient or [0.0],
-        }
+        if not has_k:
+            coefficients = self.sparsity_coefficient or [0.0]
+            target = self.target_l0 or [None]
+            return {"k": [None], "target_l0": target, "sparsity_coefficient": coefficients}
+        if broken := [number for number in k if number != int(number)]:
+            raise HeadConfigError(
+                f"target_l0 is {broken[0]}, but {self.architecture} heads keep a whole number of "
+                "latents."
+            )
+        k = [int(number) for number in k]
+        return {"k": k, "target_l0": [None], "sparsity_coefficient": [0.0]}
 
 
 @dataclass

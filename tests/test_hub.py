@@ -258,6 +258,7 @@ def trained(tmp_path_factory):
             | {"hub_strategy": "every_save", "hub_always_push": True, "push": {}},
             call
             | {"output_dir": "outage", "push_to_hub": True, "hub_strategy": "every_save"}
+            | {"hub_always_push": True}  # or a slow push would leave faults for the last one
             | {"push": {"commit_message": "After the outage", "token": TOKEN}},
             call | {"output_dir": "asked", "push": {"revision": "v1", "private": True}},
             call | {"output_dir": "refused", "push_to_hub": True, "hub_token": "hf_" + "x" * 34},

@@ -296,7 +296,8 @@ def test_more_latents_a_token_than_there_are_is_refused(recipe, tmp_path):
 
 
 def test_topk_heads_without_k_are_refused(recipe, tmp_path):
-    assert_refused(recipe, tmp_path, "k at blocks.0.hook_resid_pre is None", architecture="topk")
+    sentence = "how sparse the topk heads shall be; give target_l0 or k"
+    assert_refused(recipe, tmp_path, sentence, architecture="topk")
 
 
 def test_a_misspelt_word_of_the_command_line_is_refused(recipe, tmp_path):
