@@ -19,10 +19,14 @@ def draw_trade_off(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Every seed is a point, the variant's mean a large one; nearer to the lower left is better.
 
     Args:
-        rows: of `hf_saereg.study.table`.
+        rows: of `hf_saereg.study.table`; points that one of them lacks are left out.
         path: of the PNG.
     """
-    points = [point for point in rows[0]["compound"] if point.startswith("fresh")]
+    points = [
+        point
+        for point in rows[0]["compound"]
+        if point.startswith("fresh") and all(point in row["compound"] for row in rows)
+    ]
     columns = min(3, len(points))
     lines = -(-len(points) // columns)
     figure, axes = plt.subplots(
