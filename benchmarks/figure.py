@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = {
     "naive": "#c85200",
@@ -30,7 +31,7 @@ def draw(results: dict[str, Any]) -> Figure:
     panels = 3 if "story" in results else 2
     figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels)
-    _cost(axes[0], results["scaling"]["by_d_sae"], "d_sae", "latents of the head (d_sae), L0 ≈ 15")
+    _cost(axes[0], results["scaling"]["by_d_sae"], "d_sae", "latents of the head (d_sae)")
     largest = results["scaling"]["by_l0"][0]["d_sae"]
     _cost(
         axes[1],
@@ -39,7 +40,8 @@ def draw(results: dict[str, Any]) -> Figure:
         f"active latents a token (L0), d_sae {largest:,}",
     )
     axes[0].set_ylabel(f"ms a step of one head, {results['tokens']:,} tokens")
-    axes[0].legend(frameon=False, fontsize="small")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(lines), frameon=False)
     if panels == 3:
         _story(axes[2], results["story"])
     figure.suptitle(
@@ -61,6 +63,9 @@ def _cost(axes: Axes, points: list[dict[str, Any]], x: str, label: str) -> None:
             label=NAMES.get(path, path),
         )
     axes.set(xscale="log", yscale="log", xlabel=label)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.minorticks_off()
     axes.grid(alpha=0.2)
 
 
