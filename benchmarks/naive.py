@@ -62,7 +62,7 @@ def naive(
     for head in heads:
         head.losses = MethodType(losses, head)
     try:
-        with patch.object(regularizer, "with_gradients", lambda scalar, x, _: scalar(x)):
+        with patch.object(regularizer, "with_gradients", lambda function, x, _: function(x)):
             yield
     finally:
         for head in heads:

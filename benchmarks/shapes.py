@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GPT2Config
 
-from hf_saereg.configuration import gpt2_hook_names
+from hf_saereg.configuration import DROPOUTS, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments, character_tokenizer, load_blocks
 from hf_saereg.heads import SAEHeadConfig
 
@@ -35,7 +35,7 @@ class Shape:
             n_head=self.n_head,
             n_embd=self.d_in,
             activation_function=self.activation,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **dict.fromkeys(DROPOUTS, 0.0),
             **dict.fromkeys(("bos_token_id", "eos_token_id")),
         )
 

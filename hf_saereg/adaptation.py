@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from hf_saereg.adapters import TARGETS, lora_config
+from hf_saereg.configuration import DROPOUTS
 from hf_saereg.errors import UserError
 from hf_saereg.heads import SAEHeadConfig
 from hf_saereg.heads.start import start_heads
@@ -92,8 +93,7 @@ def adapt(
         )
     if mode == "plain":
         return
-    dropout = (model.config.resid_pdrop, model.config.embd_pdrop, model.config.attn_pdrop)
-    if mode == "heads" and any(dropout):
+    if mode == "heads" and any(getattr(model.config, name) for name in DROPOUTS):
         raise AdaptationError(
             "The frozen model would be read through its dropout; load it with dropout 0."
         )

@@ -26,7 +26,7 @@ from hf_saereg.options import as_record, parse_options
 from hf_saereg.publishing import push_arguments
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
-from hf_saereg.trainer import SAERegArguments, SAERegTrainer, last_complete_checkpoint
+from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
 
 @dataclass
@@ -119,10 +119,7 @@ class CharacterJob:
                 head_metadata={"model_name": name, "dataset_path": self.corpus.dataset},
             )
             write_run(folder, arguments, self.options)
-            trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-            trainer.save_model(_internal_call=True)  # published by `publish`, with all figures
-            trainer.save_state()  # with all that was logged
-            figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
+            figures = trainer.train_to_the_end(start)  # published by `publish`
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
         return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures

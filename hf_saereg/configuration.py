@@ -15,6 +15,8 @@ from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named
 
 T = TypeVar("T")
 
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # of `GPT2Config`
+
 
 def gpt2_hook_names(n_layer: int) -> list[str]:
     """All `n_layer + 1` residual-stream sites, in stream order."""
@@ -188,7 +190,7 @@ class CharacterModelArguments:
             n_positions=context,
             activation_function="gelu_pytorch_tanh",  # gelu_new is the same in eight operations
             **{name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")},
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout),
+            **dict.fromkeys(DROPOUTS, self.dropout),
             **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id),
             pad_token_id=tokenizer.pad_token_id,
         )

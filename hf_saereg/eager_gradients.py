@@ -8,30 +8,34 @@ Notable:
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+T = TypeVar("T")
+
 
 def with_gradients(
-    scalar: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]
-) -> Tensor:
-    """`scalar(x)`, differentiable in x and in the parameters, once.
+    function: Callable[[Tensor], tuple[Tensor, T]], x: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, T]:
+    """`function(x)`, whose first result is differentiable in x and in the parameters, once.
 
     Args:
-        scalar: returns a tensor of shape (); of its inputs only x and `parameters` get a gradient.
+        function: returns a tensor of shape (), and anything else, which is passed on as it is; of
+            its inputs only x and `parameters` get a gradient.
         x: of any shape.
-        parameters: what `scalar` reads beside x; those that it does not read get no gradient.
+        parameters: what `function` reads beside x; those that it does not read get no gradient.
     """
     if not torch.is_grad_enabled():
-        return scalar(x)
+        return function(x)
     leaf = x.detach().requires_grad_(x.requires_grad)
-    value = scalar(leaf)
+    value, others = function(leaf)
     pairs = [(leaf, x), *((parameter, parameter) for parameter in parameters)]
     pairs = [(local, own) for local, own in pairs if local.requires_grad]
     if not pairs or not value.requires_grad:
-        return value.detach()
+        return value.detach(), others
     # autocast belongs to a forward pass; what it chose there is in the graph already
     with torch.autocast(x.device.type, enabled=False):
         found = torch.autograd.grad(value, [local for local, _ in pairs], allow_unused=True)
@@ -41,7 +45,7 @@ def with_gradients(
         if gradient is not None
     ]
     inputs, gradients = zip(*reached, strict=True)
-    return _Known.apply(value.detach(), gradients, *inputs)
+    return _Known.apply(value.detach(), gradients, *inputs), others
 
 
 class _Known(torch.autograd.Function):

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_saereg.configuration import DROPOUTS
 from hf_saereg.corpora import Blocks, load_blocks, stream_blocks
 from hf_saereg.documents import CorpusArguments, CorpusError
 from hf_saereg.errors import UserError
 from hf_saereg.loading import load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 @dataclass

@@ -161,14 +161,13 @@ def site_term(head: SAEHead, x: Tensor) -> SiteTerm:
         head: the site's head.
         x: (tokens, d_in) activations at its site, without padding.
     """
-    losses: list[SAELosses] = []
 
-    def value(x: Tensor) -> Tensor:
-        losses.append(head.losses(x))
-        return _site_value(head, losses[0], len(x))
+    def value_and_losses(x: Tensor) -> tuple[Tensor, SAELosses]:
+        losses = head.losses(x)
+        return _site_value(head, losses, len(x)), losses.detached()
 
-    differentiable = with_gradients(value, x, list(head.parameters()))
-    return SiteTerm(losses[0].detached(), differentiable)
+    value, losses = with_gradients(value_and_losses, x, list(head.parameters()))
+    return SiteTerm(losses, value)
 
 
 def _site_value(head: SAEHead, losses: SAELosses, tokens: int) -> Tensor:

@@ -20,9 +20,9 @@ from hf_saereg.character import CharacterJob
 from hf_saereg.errors import UserError
 from hf_saereg.fresh import score_model
 from hf_saereg.options import as_words
+from hf_saereg.resuming import STATE_FILE
 from hf_saereg.run_folder import write_json
 from hf_saereg.scores import effective_rank
-from hf_saereg.trainer import STATE_FILE
 
 CELL_FILE = "cell.json"
 REGULARIZED = "regularized"

@@ -52,7 +52,7 @@ from hf_saereg.modeling import SAERegOutput
 from hf_saereg.progress import ReadableProgress
 from hf_saereg.publishing import PublishingTrainer, changed_options
 from hf_saereg.reference import Reference
-from hf_saereg.resuming import SESSION_FILE, STATE_FILE, last_complete_checkpoint
+from hf_saereg.resuming import SESSION_FILE, last_complete_checkpoint
 from hf_saereg.run_folder import package_versions, write_json
 from hf_saereg.sharding import load_full_state
 from hf_saereg.splicing import Splice
@@ -211,10 +211,11 @@ class SAERegTrainer(PublishingTrainer):
         # DDP averages gradients over processes, hence the factor; CE carries it already
         processes = self.accelerator.num_processes
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        factor = processes if averaged else 1
         loss, kl = self._ce_weight * ce, torch.zeros_like(ce)
         if reference is not None:
             kl = kl_of_predictions(reference, output.logits, inputs["labels"], num_items_in_batch)
-            kl = kl * (processes if averaged else 1)
+            kl = kl * factor
             loss = loss + self._kl_weight * kl
         self._step_sums += torch.stack([ce.detach(), kl.detach()])
         if output.term is not None:
@@ -222,7 +223,6 @@ class SAERegTrainer(PublishingTrainer):
             self._remember(inputs, output)
             term = output.term * _token_count(inputs) * processes / self._tokens_in_batch
             if output.spliced_loss is not None:
-                factor = processes if averaged else 1
                 term = term + factor * self.model.term.splice_weight * output.spliced_loss
             loss = loss + self.model.term.warmup_factor(self.state.global_step) * term
         return loss
@@ -429,6 +429,21 @@ class SAERegTrainer(PublishingTrainer):
             scores = fidelity(self.model, self.model.heads, batches, base, self.accelerator)
         return scores.figures()
 
+    def train_to_the_end(self, start: float) -> dict[str, float]:
+        """Train, from the last complete checkpoint on where there is one; save without publishing.
+
+        Args:
+            start: of the program, by `time.monotonic`.
+
+        Returns:
+            `summary`, and `wall_seconds` since the start.
+        """
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        self.train(resume_from_checkpoint=last)
+        self.save_model(_internal_call=True)
+        self.save_state()  # with all that was logged
+        return self.summary() | {"wall_seconds": time.monotonic() - start}
+
     def summary(self) -> dict[str, float]:
         """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
 
@@ -596,11 +611,4 @@ def _token_count(inputs: dict[str, Any]) -> int:
     return inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-__all__ = [
-    "SESSION_FILE",
-    "STATE_FILE",
-    "NonFiniteLossError",
-    "SAERegArguments",
-    "SAERegTrainer",
-    "last_complete_checkpoint",
-]
+__all__ = ["NonFiniteLossError", "SAERegArguments", "SAERegTrainer"]

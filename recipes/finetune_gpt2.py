@@ -19,7 +19,6 @@ from hf_saereg.errors import one_sentence_errors
 from hf_saereg.finetuning import BaseModelArguments, blocks_for
 from hf_saereg.options import as_record, parse_options
 from hf_saereg.regularizer import TermOptions
-from hf_saereg.resuming import last_complete_checkpoint
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
@@ -59,11 +58,7 @@ def main() -> None:
         head_metadata={"model_name": folder.name, "dataset_path": corpus.dataset},
     )
     write_run(folder, arguments, options)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-
-    trainer.save_model(_internal_call=True)  # published below, with all figures
-    trainer.save_state()
-    figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
+    figures = trainer.train_to_the_end(start)
     if arguments.push_to_hub:
         trainer.push_to_hub()
     elif arguments.should_save:

@@ -19,7 +19,6 @@ from hf_saereg.documents import load_documents
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
-from hf_saereg.resuming import last_complete_checkpoint
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
@@ -61,10 +60,9 @@ def main() -> None:
         data_collator=collate_blocks,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    trainer.save_model()
-    trainer.save_state()
-    figures = trainer.summary() | {"wall_seconds": time.monotonic() - start}
+    figures = trainer.train_to_the_end(start)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
     write_run(folder, arguments, options, figures)
     if arguments.should_save:
         print({name: round(value, 4) for name, value in figures.items()})

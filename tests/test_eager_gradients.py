@@ -11,6 +11,12 @@ from hf_saereg.eager_gradients import with_gradients
 from hf_saereg.heads import FAMILIES, SAEHeadConfig, make_head
 
 
+def scalar_with_gradients(scalar, x, parameters):
+    value, others = with_gradients(lambda x: (scalar(x), "others"), x, parameters)
+    assert others == "others"
+    return value
+
+
 def value(head, x):
     losses = head.losses(x)
     error = losses.reconstruction + losses.auxiliary
@@ -35,7 +41,7 @@ def gradients(result: Tensor, head, x):
 def test_same_value_and_gradients(architecture, kernel):
     head, x = head_and_x(architecture)
     head.kernel = kernel
-    own = with_gradients(lambda x: value(head, x), x, list(head.parameters()))
+    own = scalar_with_gradients(lambda x: value(head, x), x, list(head.parameters()))
     usual = value(head, x)
     assert own.item() == usual.item()
     for found, expected in zip(gradients(own, head, x), gradients(usual, head, x), strict=True):
@@ -47,7 +53,7 @@ def test_what_is_frozen_or_unread_gets_no_gradient():
     head.b_dec.requires_grad_(False)
     unread = torch.ones(3, requires_grad=True)
     parameters = [*head.parameters(), unread]
-    with_gradients(lambda x: value(head, x), x.detach(), parameters).backward()
+    scalar_with_gradients(lambda x: value(head, x), x.detach(), parameters).backward()
     assert x.grad is None
     assert head.b_dec.grad is None
     assert unread.grad is None
@@ -57,8 +63,8 @@ def test_what_is_frozen_or_unread_gets_no_gradient():
 def test_nothing_to_differentiate():
     head, x = head_and_x()
     with torch.no_grad():
-        assert not with_gradients(lambda x: value(head, x), x, []).requires_grad
-    assert not with_gradients(lambda x: value(head, x), x.detach(), []).requires_grad
+        assert not scalar_with_gradients(lambda x: value(head, x), x, []).requires_grad
+    assert not scalar_with_gradients(lambda x: value(head, x), x.detach(), []).requires_grad
 
 
 def test_what_the_computation_kept_is_gone():
@@ -79,7 +85,7 @@ def test_what_the_computation_kept_is_gone():
             return grad.expand(5)
 
     x = torch.ones(5, requires_grad=True)
-    result = with_gradients(Keeps.apply, x, [])
+    result = scalar_with_gradients(Keeps.apply, x, [])
     assert len(kept) == 1  # its backward has run already
     kept.clear()
     gc.collect()
@@ -92,7 +98,7 @@ def test_bfloat16_autocast_changes_the_forward_pass_only():
     head, x = head_and_x()
     head, x = head.float(), x.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        own = with_gradients(lambda x: value(head, x), x, list(head.parameters()))
+        own = scalar_with_gradients(lambda x: value(head, x), x, list(head.parameters()))
         usual = value(head, x)
     for found, expected in zip(gradients(own, head, x), gradients(usual, head, x), strict=True):
         assert found.dtype == torch.float32

@@ -1,8 +1,7 @@
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_checkpoint import write_official_weights
 from transformers import GPT2LMHeadModel
 
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
@@ -11,46 +10,12 @@ from hf_saereg.regularizer import regularization
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
-# configuration of openai-community/gpt2, its sizes apart
-GPT2_KEYS = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_ctx": 32,
-    "n_embd": 16,
-    "n_head": 4,
-    "n_layer": 2,
-    "n_positions": 32,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "vocab_size": 128,
-}
-
 
 @pytest.fixture
 def official(plain_model, tmp_path):
     """A checkpoint laid out as openai-community/gpt2 is: bare names, buffers, tied embeddings."""
-    tensors = {
-        name.removeprefix("transformer."): tensor.contiguous()
-        for name, tensor in plain_model.state_dict().items()
-        if not name.startswith("lm_head.")
-    }
-    for i in range(2):
-        tensors[f"h.{i}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
-        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(GPT2_KEYS, indent=2))
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 32, "n_ctx": 32}
+    write_official_weights(tmp_path, plain_model, **shape, vocab_size=128)
     return tmp_path
 
 

@@ -33,12 +33,8 @@ from hf_saereg.errors import UserError
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
 from hf_saereg.regularizer import TermOptions
-from hf_saereg.trainer import (
-    SESSION_FILE,
-    STATE_FILE,
-    NonFiniteLossError,
-    last_complete_checkpoint,
-)
+from hf_saereg.resuming import SESSION_FILE, STATE_FILE, last_complete_checkpoint
+from hf_saereg.trainer import NonFiniteLossError
 
 REPOSITORY = Path(__file__).parents[1]
 TWO_PROCESSES = REPOSITORY / "recipes" / "accelerate" / "cpu_2.yaml"

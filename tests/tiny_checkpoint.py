@@ -59,26 +59,16 @@ OFFICIAL_CONFIG = {
 def save_official_layout(folder, tokenizer, seed=0, **shape):
     """A GPT-2 with random weights in the files that `openai-community/gpt2` has.
 
-    Tensors without the prefix `transformer.`, no output layer (it is the embedding), and the causal
-    masks of old versions among them; every key of the configuration; the true tokenizer's files.
+    Those of `write_official_weights`, and the true tokenizer's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = OFFICIAL_CONFIG | shape
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    torch.manual_seed(seed)
+    write_official_weights(
+        folder, GPT2LMHeadModel(GPT2Config(**(OFFICIAL_CONFIG | shape))), **shape
+    )
     (folder / "generation_config.json").write_text(
         json.dumps({"_from_model_config": True, "bos_token_id": 50256, "eos_token_id": 50256})
     )
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**config))
-    tensors = {
-        name.removeprefix("transformer."): tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
-    size = config["n_positions"]
-    for i in range(config["n_layer"]):
-        tensors[f"h.{i}.attn.bias"] = torch.ones(size, size).tril().view(1, 1, size, size)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tables = json.loads((tokenizer / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(tables))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
@@ -88,3 +78,23 @@ def save_official_layout(folder, tokenizer, seed=0, **shape):
     )
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     return folder
+
+
+def write_official_weights(folder, model, **shape):
+    """Configuration and weights of a model as `openai-community/gpt2` has them.
+
+    Tensors without the prefix `transformer.`, no output layer (it is the embedding), and the causal
+    masks of old versions among them; every key of the configuration.
+    """
+    config = OFFICIAL_CONFIG | shape
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {
+        name.removeprefix("transformer."): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("lm_head.")
+    }
+    size = config["n_positions"]
+    for i in range(config["n_layer"]):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(size, size).tril().view(1, 1, size, size)
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
