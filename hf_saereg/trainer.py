@@ -526,9 +526,13 @@ class SAERegTrainer(PublishingTrainer):
     def describe(self, folder: Path) -> None:
         """Write `training.json` and the card beside a saved model: what is known of it by now.
 
+        The main process does; for any other, this does nothing.
+
         Args:
             folder: of a checkpoint of this trainer.
         """
+        if not self.args.should_save:
+            return
         name = self.model.config.name_or_path
         evaluations = [log for log in self.state.log_history if "eval_loss" in log]
         record = {

@@ -76,6 +76,11 @@ def test_they_are_two_and_saw_different_rows_with_unequal_padding(folder, one):
     assert together == alone  # the same data in the same global order
 
 
+def test_only_the_main_process_describes_a_folder(folder):
+    assert found(folder, "whole", rank=0)["described"] == {"training.json", "README.md"}
+    assert found(folder, "whole", rank=1)["described"] == set()
+
+
 @pytest.mark.parametrize("name", ["whole", *MODES])
 def test_they_train_what_one_trains_that_accumulates(folder, one, name):
     assert differences(found(folder, name), one[name]) == []

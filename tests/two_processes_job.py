@@ -71,7 +71,11 @@ def train(model, folder, resume=None, **options):
 
     ours.training_step = watched
     ours.train(resume_from_checkpoint=resume)
+    described = folder / f"described_by_{args.process_index}"
+    described.mkdir(parents=True, exist_ok=True)
+    ours.describe(described)
     return {
+        "described": {path.name for path in described.iterdir()},
         "world_size": args.world_size,
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "log": ours.state.log_history,

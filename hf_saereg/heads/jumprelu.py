@@ -5,9 +5,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
+from hf_saereg.heads.controller import log_error
 from hf_saereg.kernels.codes import Above, Codes, Selection
 
 INITIAL_THRESHOLD = 0.1
+LEVEL_GAIN = 0.02  # a step; an L0 twice too high raises all thresholds by 1.4 %
 
 
 class JumpReLUSAE(SAEHead):
@@ -21,6 +23,10 @@ class JumpReLUSAE(SAEHead):
     z > θ − ε/2. With `reference_window` it is the published reference's: z = ReLU(pre-activation)
     for f, and the L0 step takes its window on f, so that θ < ε/2 puts every inactive latent into
     the window and nothing is sparse.
+
+    With `target_l0` the level of all thresholds is steered, too. An optimizer moves them by a
+    learning rate a step, which is slower than the activations of a young model grow; and thresholds
+    above all activations get no gradient at all.
 
     See: Rajamanoharan et al. 2024, "Jumping ahead" (arXiv 2407.14435), equations 11 and 12.
 
@@ -75,6 +81,13 @@ class JumpReLUSAE(SAEHead):
         z = values if self.config.reference_window else codes.pre
         active = _Step.apply(z, codes.at(self.threshold), self.config.bandwidth)
         return active.sum()
+
+    @torch.no_grad()
+    def observe(self, fired: Tensor, tokens: Tensor) -> None:
+        """As every head; moves the level of the thresholds towards a target L0."""
+        super().observe(fired, tokens)
+        if "smoothed_l0" in self._buffers:
+            self.log_threshold.add_(LEVEL_GAIN * log_error(self.smoothed_l0, self.config.target_l0))
 
     def sparsity_loss(self, sparsity: Tensor) -> Tensor:
         """c · L0, or c (L0 / target − 1)², of the mean L0 of the batch."""
