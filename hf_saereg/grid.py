@@ -17,6 +17,8 @@ import torch
 from hf_saereg.configuration import one_a_site
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named, make_head
 
+DEAD_AFTER_TOKENS = 100_000  # a tenth of a head's own default: fresh ones train for less
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -88,6 +90,8 @@ class Cell:
     option: str  # what `sparsity` is of a head's configuration: k, c or a target
     d_sae: tuple[int, ...]  # one for all sites, or one a site
     seed: int  # of the initial weights
+    auxk: int = 0  # dead latents that fit the error, where the family has AuxK
+    dead_after_tokens: int | None = None  # for AuxK; DEAD_AFTER_TOKENS by default
 
     @property
     def name(self) -> str:
@@ -120,8 +124,13 @@ class Cell:
     def _head(self, hook_name: str, d_in: int, d_sae: int) -> SAEHeadConfig:
         whole = float(self.sparsity).is_integer()  # neither infinity nor NaN is
         options = {self.option: int(self.sparsity) if whole else self.sparsity}
+        family = family_named(self.architecture)
         if self.option == "target_l0":
-            options["sparsity_coefficient"] = family_named(self.architecture).first_coefficient
+            options["sparsity_coefficient"] = family.first_coefficient
+        if self.auxk and "auxk" in family.own_options:
+            dead_after = self.dead_after_tokens
+            dead_after = DEAD_AFTER_TOKENS if dead_after is None else dead_after
+            options |= {"auxk": self.auxk, "dead_after_tokens": dead_after}
         if self.option == "k" and not whole:
             raise HeadConfigError(
                 f"A {self.architecture} head cannot keep {self.sparsity} latents a token; its "
@@ -131,6 +140,29 @@ class Cell:
         with torch.device("meta"):
             make_head(config)
         return config
+
+
+def check_auxk(architectures: Sequence[str], **options: int | None) -> None:
+    """Check that options of AuxK have an effect in a grid.
+
+    Args:
+        architectures: families of the grid.
+        **options: AuxK's latents, then the tokens after which one is dead, by the user's names.
+
+    Raises:
+        HeadConfigError: naming the option that has none.
+    """
+    (auxk_name, auxk), (dead_name, dead_after) = options.items()
+    if auxk and not any("auxk" in family_named(name).own_options for name in architectures):
+        raise HeadConfigError(
+            f"{auxk_name} is {auxk}, but none of the families {', '.join(architectures)} has AuxK; "
+            "add topk or batchtopk, or leave it out."
+        )
+    if dead_after is not None and not auxk:
+        raise HeadConfigError(
+            f"{dead_name} is {dead_after}, but {auxk_name} is 0, so nothing depends on it; set "
+            f"{auxk_name} or leave it out."
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +214,14 @@ class FreshHeadsArguments:
         default=0.5, metadata={"help": "Share of the steps in which the rate falls to 0."}
     )
     fresh_warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
+    fresh_auxk: int = field(
+        default=0,
+        metadata={"help": "Dead latents of topk and batchtopk heads that fit the error; 0 is off."},
+    )
+    fresh_dead_after_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens without firing after which fresh_auxk counts a latent as dead."},
+    )
     fidelity_blocks: int = field(
         default=256, metadata={"help": "Validation blocks on which fidelity is measured."}
     )
@@ -224,13 +264,26 @@ class FreshHeadsArguments:
             HeadConfigError: for an unknown family, or sizes and weights that no head can have.
         """
         cells = [
-            Cell(architecture, sparsity, option, tuple(self.fresh_d_sae), seed)
+            Cell(
+                architecture,
+                sparsity,
+                option,
+                tuple(self.fresh_d_sae),
+                seed,
+                self.fresh_auxk,
+                self.fresh_dead_after_tokens,
+            )
             for architecture in self.fresh_architectures
             for option, values in [self._sparsities(architecture)]
             for sparsity in values
         ]
         for cell in cells:
             cell.check()
+        check_auxk(
+            self.fresh_architectures,
+            fresh_auxk=self.fresh_auxk,
+            fresh_dead_after_tokens=self.fresh_dead_after_tokens,
+        )
         return cells
 
     def _sparsities(self, architecture: str) -> tuple[str, Sequence[float]]:

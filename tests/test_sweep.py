@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from hf_saereg.errors import UserError
-from hf_saereg.grid import Cell, FreshHeadsArguments, Schedule
+from hf_saereg.grid import DEAD_AFTER_TOKENS, Cell, FreshHeadsArguments, Schedule
 from hf_saereg.sweep import SharedTraining, _batches
 from hf_saereg.sweep_state import SweepStateError, load_state, save_state
 
@@ -316,6 +316,45 @@ def test_bad_option_is_named_in_one_sentence(options, culprit):
         FreshHeadsArguments(**{**TINY, **options})
     assert culprit in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_auxk_reaches_the_families_that_have_it():
+    def configs(**options):
+        arguments = FreshHeadsArguments(**{**TINY, **options})
+        return {cell.architecture: cell.heads(["site"], 16)[0] for cell in arguments.cells(0)}
+
+    with_auxk = configs(fresh_auxk=4, fresh_dead_after_tokens=300)
+    assert (with_auxk["topk"].auxk, with_auxk["topk"].dead_after_tokens) == (4, 300)
+    assert with_auxk["standard"] == configs()["standard"]
+    assert configs(fresh_auxk=4)["topk"].dead_after_tokens == DEAD_AFTER_TOKENS
+    assert configs()["topk"].dead_after_tokens == 1_000_000
+
+
+def test_auxk_trains_latents_once_they_count_as_dead(train):
+    only = {"fresh_architectures": ["topk"], "fresh_k": [1]}
+    (plain,) = train(**only).values()
+    (early,) = train(**only, fresh_auxk=8, fresh_dead_after_tokens=300).values()
+    (never,) = train(**only, fresh_auxk=8, fresh_dead_after_tokens=10**6).values()
+    for without, with_auxk, too_late in zip(plain, early, never, strict=True):
+        dead = without.tokens_since_fired >= 300
+        assert dead.any()
+        assert (with_auxk.W_dec != without.W_dec)[dead].any(dim=1).all()
+        assert torch.equal(too_late.W_dec, without.W_dec)
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({"fresh_auxk": 40}, "is 40"),
+        ({"fresh_auxk": -1}, "is -1"),
+        ({"fresh_auxk": 4, "fresh_dead_after_tokens": 0}, "dead_after_tokens"),
+        ({"fresh_auxk": 4, "fresh_architectures": ["standard"]}, "fresh_auxk is 4"),
+        ({"fresh_dead_after_tokens": 300}, "fresh_dead_after_tokens is 300"),
+    ],
+)
+def test_auxk_that_cannot_work_is_refused(options, culprit):
+    with pytest.raises(UserError, match=culprit):
+        FreshHeadsArguments(**{**TINY, **options})
 
 
 def test_a_sparsity_that_is_no_whole_number_is_none_for_topk():

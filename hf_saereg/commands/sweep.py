@@ -25,7 +25,7 @@ from datasets import DatasetDict
 
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import score_model
-from hf_saereg.grid import Cell, Schedule, Sweep
+from hf_saereg.grid import Cell, Schedule, Sweep, check_auxk
 from hf_saereg.heads import HeadConfigError, family_named
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
@@ -72,6 +72,14 @@ class SweepArguments:
         default=0.5, metadata={"help": "Share of the steps in which the rate falls to 0."}
     )
     warmup_steps: int = field(default=50, metadata={"help": "Linear warm-up steps."})
+    auxk: int = field(
+        default=0,
+        metadata={"help": "Dead latents of topk and batchtopk heads that fit the error; 0 is off."},
+    )
+    dead_after_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens without firing after which auxk counts a latent as dead."},
+    )
     text_seed: int = field(default=0, metadata={"help": "Of the order of the text."})
     fidelity_blocks: int = field(
         default=256, metadata={"help": "Validation blocks on which heads are scored."}
@@ -122,7 +130,15 @@ class SweepArguments:
             HeadConfigError: for a family that there is not, or sizes that no head can have.
         """
         cells = {
-            Cell(family, _whole(target), _option(family), (d_sae,), seed): None
+            Cell(
+                family,
+                _whole(target),
+                _option(family),
+                (d_sae,),
+                seed,
+                self.auxk,
+                self.dead_after_tokens,
+            ): None
             for seed in self.seeds
             for d_sae in self.d_sae
             for family in self.families
@@ -130,6 +146,7 @@ class SweepArguments:
         }
         for cell in cells:
             cell.check()
+        check_auxk(self.families, auxk=self.auxk, dead_after_tokens=self.dead_after_tokens)
         return list(cells)
 
     def sweep(self) -> Sweep:

@@ -192,6 +192,8 @@ def _even(size: int) -> list[tuple[int, int]]:
 
 def _balanced(latents: Tensor, d_sae: int) -> list[tuple[int, int]]:
     """Ranges of latents that cover `range(d_sae)`, with about equally many entries in each."""
+    if torch.get_num_threads() == 1:
+        return [(0, d_sae)]
     entries_up_to = torch.bincount(latents, minlength=d_sae).cumsum(0)
     shares = torch.tensor([stop for _, stop in _even(len(latents))][:-1], dtype=torch.int64)
     bounds = [0, *torch.searchsorted(entries_up_to, shares).tolist(), d_sae]
