@@ -8,7 +8,6 @@ What is notable:
   nothing is extrapolated: models are compared inside the range that all of them reached.
 """
 
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_saereg.report.results import COTRAINED, FRESH, ReportError, read_as
+from hf_saereg.report.results import COTRAINED, FRESH, ReportError, read_as, read_json
 from hf_saereg.report.verdict import SAME_L0, Curve, CurvePoint, relative_movement
 
 RESULTS_FILE = "results.json"
@@ -168,12 +167,7 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
     found = []
     for folder in folders:
         path = folder / RESULTS_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ReportError(
-                f"Cannot read {path} ({error}); give a folder that a sweep or a run has finished."
-            ) from error
+        content = read_json(path)
         try:
             run = read_as(SweptRun, content)
         except ReportError as error:
