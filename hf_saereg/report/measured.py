@@ -7,6 +7,7 @@ What is notable:
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from hf_saereg.report.results import FRESH, ReportError, read_as, read_json
 
 QUALITY_FILE = "quality.json"
+RESULTS_FILE = "results.json"
 WANTED_L0 = 10  # figures show the sparsity nearest to it
 
 
@@ -115,10 +117,18 @@ class MeasuredRun:
 
 
 class MeasuredModel(NamedTuple):
-    """A model and what was measured on it."""
+    """A model and what was measured on it.
+
+    Attributes:
+        label: as the page names it.
+        name: in its run.
+        place: among all models of the page, those without measures included.
+        run: what was measured.
+    """
 
     label: str
     name: str
+    place: int
     run: MeasuredRun
 
     def rows(self, kind: str, group: Group) -> list[MeasuredRow]:
@@ -156,9 +166,13 @@ class Measure(NamedTuple):
         found = self.by_site(model, group)
         return statistics.fmean(found.values()) if found else None
 
+    def chance_by_site(self, model: MeasuredModel, group: Group) -> dict[str, float]:
+        """Means over seeds of what random directions get; nothing where that is not known."""
+        return _means(model.rows(self.kind, group), self.chance) if self.chance else {}
+
     def mean_by_chance(self, model: MeasuredModel, group: Group) -> float | None:
-        """The same of random directions."""
-        found = _means(model.rows(self.kind, group), self.chance) if self.chance else {}
+        """The same over sites and seeds."""
+        found = self.chance_by_site(model, group)
         return statistics.fmean(found.values()) if found else None
 
 
@@ -186,27 +200,29 @@ def read_measured(folders: Sequence[Path]) -> list[MeasuredModel]:
     """Models of those runs that hold a `quality.json`, in the order of the runs.
 
     Args:
-        folders: of runs.
+        folders: of runs, with their `results.json`.
 
     Raises:
         ReportError: if a file is damaged or lacks a key.
     """
+    names = [
+        (folder, name)
+        for folder in folders
+        if (folder / RESULTS_FILE).is_file()
+        for name in read_json(folder / RESULTS_FILE)["baselines"]
+    ]
+    shared = Counter(name for _, name in names)
     found = []
-    for folder in folders:
+    for place, (folder, name) in enumerate(names):
         path = folder / QUALITY_FILE
         if path.is_file():
             try:
                 run = read_as(MeasuredRun, read_json(path))
             except ReportError as error:
                 raise ReportError(f"{path}: {error}") from error
-            found += [(folder, name, run) for name in run.setup.tokens]
-    names = [name for _, name, _ in found]
-    return [
-        MeasuredModel(
-            name if names.count(name) == 1 else f"{name} ({folder.resolve().name})", name, run
-        )
-        for folder, name, run in found
-    ]
+            label = name if shared[name] == 1 else f"{name} ({folder.resolve().name})"
+            found.append(MeasuredModel(label, name, place, run))
+    return found
 
 
 def measures(models: Sequence[MeasuredModel]) -> dict[str, Measure]:

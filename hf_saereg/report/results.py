@@ -50,6 +50,15 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Latents by the decimal logarithm of the share of tokens on which they fire."""
+
+    log10_edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    never: int
+
+
+@dataclass(frozen=True)
 class SAEResult:
     """One SAE at one site of one model."""
 
@@ -63,6 +72,7 @@ class SAEResult:
     fvu: float
     dead_fraction: float
     ce_increase_at_half: float | None  # at half of a fresh SAE's training; None for a co-trained
+    density_histogram: Histogram | None = None
 
 
 @dataclass(frozen=True)
