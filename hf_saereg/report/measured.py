@@ -17,7 +17,7 @@ from hf_saereg.report.results import FRESH, ReportError, read_as, read_json
 
 QUALITY_FILE = "quality.json"
 RESULTS_FILE = "results.json"
-WANTED_L0 = 10  # figures show the sparsity nearest to it
+WANTED_L0 = 10  # figures show the heads nearest to it
 
 
 class Group(NamedTuple):
@@ -227,16 +227,16 @@ def read_measured(folders: Sequence[Path]) -> list[MeasuredModel]:
 
 def measures(models: Sequence[MeasuredModel]) -> dict[str, Measure]:
     """What was measured on any of the models, by name."""
-    found = {
-        "matched": Measure(
+    found = {}
+    if any(own.run.consistency for own in models):
+        found["matched"] = Measure(
             "cosine with another seed’s",
             "consistency",
             lambda row: row.matched,
             lambda row: row.chance_matched,
         )
-    }
     parts = max((len(row.explained) for own in models for row in own.run.composition), default=0)
-    for number in sorted({1, parts} - {0}):
+    for number in sorted({1, parts}) if parts else ():
         found[f"explained_{number}"] = Measure(
             f"made up by {number} of a wider SAE",
             "composition",
@@ -262,14 +262,15 @@ def groups(models: Iterable[MeasuredModel]) -> list[Group]:
 
 
 def shown_groups(models: Sequence[MeasuredModel]) -> list[Group]:
-    """Those of the figure: a family's smallest fresh heads, at the sparsity nearest to 10."""
-    found: dict[str, Group] = {}
-    for group in groups(models):
-        if group.source == FRESH:
-            best = found.setdefault(group.family, group)
-            if _rank(group) < _rank(best):
-                found[group.family] = group
-    return list(found.values())
+    """Those of the figure: a family's smallest fresh heads, of the mean L0 nearest to 10."""
+
+    def rank(group: Group) -> tuple[int, float]:
+        l0s = [row.l0 for own in models for row in own.rows("heads", group)]
+        return group.d_sae, abs(statistics.fmean(l0s) - WANTED_L0)
+
+    fresh = [group for group in groups(models) if group.source == FRESH]
+    families = dict.fromkeys(group.family for group in fresh)
+    return [min((own for own in fresh if own.family == name), key=rank) for name in families]
 
 
 def lines(models: Sequence[MeasuredModel]) -> list[Line]:
@@ -305,10 +306,6 @@ def as_text(models: Sequence[MeasuredModel]) -> str:
                 beside = "" if chance is None else f" (random directions: {chance:.3f})"
                 text.append(f"  {measure.title:<32} {value:.3f}{beside}")
     return "\n".join(text)
-
-
-def _rank(group: Group) -> tuple[int, float]:
-    return group.d_sae, abs(group.sparsity - WANTED_L0)
 
 
 def _means(

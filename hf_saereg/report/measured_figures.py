@@ -1,5 +1,6 @@
 """The figure of what `saereg quality` measured: a panel a measure, site by site."""
 
+import textwrap
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -9,6 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_saereg.report.canvas import LINES, MARKERS, Style, settings
 from hf_saereg.report.measured import MeasuredModel, measures, shown_groups
+
+TITLE_WIDTH = 20  # characters that fit above a panel on a phone
 
 
 def draw_quality(models: Sequence[MeasuredModel], style: Style) -> Figure:
@@ -37,7 +40,7 @@ def draw_quality(models: Sequence[MeasuredModel], style: Style) -> Figure:
                     panel.plot(
                         places, list(chance.values()), color=colour, linewidth=0.8, alpha=0.6
                     )
-            panel.set_title(measure.title)
+            panel.set_title(textwrap.fill(measure.title, TITLE_WIDTH))
             panel.set_ylim(bottom=0)
             panel.set_xticks(range(len(sites)), [str(i + 1) for i in range(len(sites))])
             panel.yaxis.set_major_locator(MaxNLocator(4))
