@@ -3,6 +3,7 @@
     saereg sweep MODEL --dataset TEXT …     fresh SAEs on a model, scored
     saereg report RUN… --output_dir OUT     what sweeps found, as a page
     saereg features MODEL [MODEL] …         what the latents of a head stand for, as a page
+    saereg quality RUN… --dataset TEXT      whether latents are better, or packed
     saereg push DIR REPO                    a checkpoint, its heads and its card to the Hub
 
 Notable:
@@ -56,6 +57,12 @@ COMMANDS = {
         ("models",),
         "MODEL [MODEL] --hook_name HOOK_NAME --dataset TEXT --output_dir DIR",
         "show what the latents of a head stand for, of two models side by side",
+    ),
+    "quality": Command(
+        "hf_saereg.commands.quality",
+        ("runs",),
+        "RUN… --dataset TEXT",
+        "measure whether the features of runs are better, or packed",
     ),
     "push": Command(
         "hf_saereg.commands.push",

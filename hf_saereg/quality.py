@@ -185,12 +185,29 @@ class FiringCounts:
             half: 0 for the half of the text on which latents are chosen, 1 for the other.
         """
         fires = (latents > 0).to("cpu", torch.float32)  # counts of a block are exact in it
-        labels = torch.stack([members[name] for name in self.classes], dim=1).float()
+        labels = torch.zeros(len(fires), len(self.classes))
+        for column, name in enumerate(self.classes):
+            labels[:, column] = members[name]
         self._tokens[half] += len(fires)
         self._fired[half] += fires.sum(dim=0)
         self._members[half] += labels.sum(dim=0)
         self._hits[half] += fires.T @ labels
         self._joint += fires.T @ fires
+
+    @property
+    def tokens(self) -> int:
+        """How many were added."""
+        return int(self._tokens.sum())
+
+    @property
+    def fired(self) -> Tensor:
+        """(d_sae,) on how many tokens each latent fired."""
+        return self._fired.sum(dim=0)
+
+    @property
+    def has_joint_firings(self) -> bool:
+        """Whether any two latents ever fired together."""
+        return bool((self._joint.sum() - self._joint.trace()) > 0)
 
     def probes(self) -> dict[str, Probe]:
         """The best latent of each class.
@@ -220,7 +237,7 @@ class FiringCounts:
         Raises:
             QualityError: if no two latents ever fired together.
         """
-        fired, tokens = self._fired.sum(dim=0), self._tokens.sum()
+        fired, tokens = self.fired, self.tokens
         pairs = torch.triu_indices(len(fired), len(fired), offset=1)
         joint = self._joint[pairs[0], pairs[1]]
         expected = fired[pairs[0]] * fired[pairs[1]] / tokens
@@ -289,6 +306,18 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 def _where(text: str, is_member: Callable[[str], bool]) -> Tensor:
     return torch.tensor([is_member(character) for character in text], dtype=torch.bool)
+
+
+def require_matching() -> None:
+    """Check that consistency can be measured.
+
+    Raises:
+        UserError: if scipy is not installed.
+    """
+    try:
+        _matching()
+    except ImportError as error:
+        raise QualityError(str(error)) from error
 
 
 def _matching() -> Callable:

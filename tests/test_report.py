@@ -30,6 +30,8 @@ from hf_saereg.report.findings import find
 from hf_saereg.report.page import render_page
 from hf_saereg.report.verdict import Comparison, Curve, CurvePoint
 
+# of results alone: without a training's folder there are no norms over its steps
+FIGURES = ["bars", "compound", "cost", "ce", "norms", "sites"]
 SITES = [*(f"blocks.{block}.hook_resid_pre" for block in range(4)), "blocks.3.hook_resid_post"]
 AT_L0_10 = (0.048, 0.101, 0.201, 0.118, 0.061)  # plain, fresh TopK, CE increase by site
 GAIN_AT_10 = (0.60, 0.20, 0.35, 0.60, 0.95)  # regularized over plain
@@ -378,22 +380,33 @@ def test_page_loads_nothing_and_links_within_itself(page, elements):
 
 
 def test_every_image_has_alternative_text(elements):
-    assert_images_described(elements, number=4)
+    assert_images_described(elements, number=len(FIGURES))
 
 
 def test_headings_do_not_skip_a_level(elements):
     assert_headings_nest(elements)
 
 
-def test_figures_are_written_as_png_and_drawn_alike_each_time(page):
+def test_figures_are_written_as_files_and_drawn_alike_each_time(page):
     from hf_saereg.report.canvas import Style, render
     from hf_saereg.report.figures import draw_ce
 
     files = sorted((page.parent / "figures").iterdir())
-    assert [file.name for file in files] == ["ce.png", "compound.png", "norms.png", "sites.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    names = [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
+    assert [file.name for file in files] == sorted(names)
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml"}
+    assert all(file.read_bytes().startswith(starts[file.suffix]) for file in files)
     results = read_results(make_results())
     assert render(draw_ce, results, Style(), "svg") == render(draw_ce, results, Style(), "svg")
+
+
+def test_figures_are_images_in_tensorboard(page):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(page.parent / "tensorboard")).Reload()
+    assert sorted(events.Tags()["images"]) == sorted(f"report/{name}" for name in FIGURES)
+    (image,) = events.Images("report/compound")
+    assert image.width > image.height > 100
 
 
 def test_drawing_leaves_the_settings_of_others_alone():
@@ -409,4 +422,4 @@ def test_drawing_leaves_the_settings_of_others_alone():
 
 @needs_browser
 def test_browser_shows_every_image_without_an_error(page, tmp_path):
-    assert_shown(page, tmp_path, images=4)
+    assert_shown(page, tmp_path, images=len(FIGURES))

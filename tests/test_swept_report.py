@@ -164,13 +164,13 @@ def test_hostile_names_are_escaped(tmp_path):
 def test_the_page_is_whole(page):
     elements = elements_of(page)
     assert_self_contained(page, elements)
-    assert_images_described(elements, number=3)
+    assert_images_described(elements, number=4)
     assert_headings_nest(elements)
 
 
 @needs_browser
 def test_browser_shows_the_page_without_an_error(page, tmp_path):
-    assert_shown(page, tmp_path, images=3)
+    assert_shown(page, tmp_path, images=4)
 
 
 def broken(**changes):

@@ -3,12 +3,13 @@
     saereg report RUN… --output_dir OUT
 
 Notable:
-- a run is a folder with a `results.json`, of `saereg sweep` or of a training recipe
+- a run is a folder with a `results.json`, of `saereg sweep` or of a training recipe; what
+  `saereg quality` left there is shown too
+- beside the page: `figures/` with every figure as PNG and SVG, and `tensorboard/` with them all
 - the run of a training recipe, given alone, gets the page of a comparison; anything else a page
   with every model side by side
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from hf_saereg.errors import UserError
 from hf_saereg.options import parse_options
 from hf_saereg.report import ReportError, write_report, write_swept_report
+from hf_saereg.report.results import read_json
 from hf_saereg.report.swept import RESULTS_FILE
 
 
@@ -52,7 +54,7 @@ def main(words: Sequence[str]) -> None:
 def _write(folders: list[Path], output_dir: Path) -> Path:
     path = folders[0] / RESULTS_FILE
     if len(folders) == 1 and path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if "regularizer" in content.get("setup", {}):
-            return write_report(content, output_dir)
+            return write_report(content, output_dir, folders[0])
     return write_swept_report(folders, output_dir)

@@ -10,7 +10,7 @@ What is notable:
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -87,23 +87,51 @@ def site_label(site: str) -> str:
     return f"{'before' if match[2] == 'pre' else 'after'} block {match[1]}"
 
 
-def render(draw: Callable[[T, Style], Figure], shown: T, style: Style, image_format: str) -> bytes:
+def render(
+    draw: Callable[[T, Style], Figure],
+    shown: T,
+    style: Style,
+    image_format: str,
+    *,
+    transparent: bool = False,
+) -> bytes:
     """Draw a figure and return the bytes of its file.
 
     Args:
         draw: makes the figure.
         shown: what it draws.
         style: theme and width.
-        image_format: `svg` (transparent, for the page) or `png` (opaque, for everywhere else).
+        image_format: `svg` or `png`.
+        transparent: for the page; what is to be seen anywhere else has a background.
     """
     buffer = io.BytesIO()
     figure = draw(shown, style)
     with settings(style):
-        if image_format == "svg":
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        else:
-            figure.savefig(buffer, format=image_format, dpi=PNG_DPI)
+        # without a date, the same numbers make the same file
+        metadata = {"Date": None} if image_format == "svg" else None
+        figure.savefig(
+            buffer, format=image_format, dpi=PNG_DPI, transparent=transparent, metadata=metadata
+        )
     return buffer.getvalue()
+
+
+def panels(sites: Sequence[str], style: Style) -> tuple[Figure, dict[str, Axes]]:
+    """An empty figure with a panel a site, titled.
+
+    Args:
+        sites: hook names.
+        style: theme and width.
+    """
+    columns = min(len(sites), 2 if style.phone else 3 if len(sites) <= 6 else 4)
+    rows = -(-len(sites) // columns)
+    height = rows * (1.75 if style.phone else 2.15) + 0.9
+    figure = Figure((style.width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel, site in zip(axes, sites, strict=False):
+        panel.set_title(site_label(site))
+    for unused in axes[len(sites) :]:
+        unused.set_axis_off()
+    return figure, dict(zip(sites, axes, strict=False))
 
 
 def scale_l0_axis(axes: Axes, style: Style) -> None:

@@ -14,31 +14,37 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hf_saereg.report.bars import BarPanel, draw_bar_panels
 from hf_saereg.report.canvas import (
     LINES,
     MARKERS,
     Style,
+    panels,
     scale_l0_axis,
     set_limits_from_zero,
     settings,
     site_label,
 )
+from hf_saereg.report.densities import DensityCurve, draw_density_panel, nearest_to_wanted
+from hf_saereg.report.findings import BARS_AT, SUM_L0, l0_text
 from hf_saereg.report.results import COTRAINED, MODELS, Results
-from hf_saereg.report.verdict import Comparison, Curve, compare_compound, compare_sites
+from hf_saereg.report.verdict import (
+    Comparison,
+    Curve,
+    PointComparison,
+    compare_compound,
+    compare_sites,
+    fresh_rows,
+)
 
 Drawing = Callable[[Results, Style], Figure]
 
 
 def draw_sites(results: Results, style: Style) -> Figure:
     """Draw a panel per site: L0 against CE increase, each site replaced alone."""
-    n_sites = len(results.sites)
-    columns = min(n_sites, 2 if style.phone else 3 if n_sites <= 6 else 4)
-    rows = -(-n_sites // columns)
-    height = rows * (1.75 if style.phone else 2.15) + 0.9
     with settings(style):
-        figure = Figure((style.width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for panel, site in zip(axes, results.sites, strict=False):
+        figure, axes = panels(results.sites, style)
+        for site, panel in axes.items():
             compared = [c for c in compare_sites(results) if c.site == site]
             stars = [
                 (row.l0, row.ce_increase)
@@ -46,9 +52,6 @@ def draw_sites(results: Results, style: Style) -> Figure:
                 if row.source == COTRAINED and row.site == site
             ]
             _draw_curves(panel, compared, stars, style)
-            panel.set_title(site_label(site))
-        for unused in axes[n_sites:]:
-            unused.set_axis_off()
         figure.supxlabel("L0, active latents a token (log scale)")
         figure.supylabel("CE increase, nats a token")
         _add_legend(figure, results, style, starred=_has_cotrained(results))
@@ -124,13 +127,75 @@ def draw_norms(results: Results, style: Style) -> Figure:
         axes.set_ylabel("mean ‖x‖₂")
         set_limits_from_zero(axes)
         axes.grid(visible=False, axis="x")
-        figure.legend(handles=_models(style), loc="outside upper left", ncols=2)
+        figure.legend(handles=model_handles(style), loc="outside upper left", ncols=2)
     return figure
+
+
+def draw_bars(results: Results, style: Style) -> Figure:
+    """Draw bars near a Σ L0 of 50 and, site by site, near an L0 of 50, that both models reached."""
+    return draw_bar_panels(
+        bar_panels(results), MODELS, lambda style, i: style.theme.of(MODELS[i]), style
+    )
+
+
+def draw_densities(results: Results, style: Style) -> Figure:
+    """Draw a panel per site: how many latents fire how often, of the SAEs nearest to L0 20."""
+    with settings(style):
+        figure, axes = panels(results.sites, style)
+        for site, panel in axes.items():
+            curves = []
+            for family, line in zip(results.families, cycle(LINES), strict=False):
+                for model in MODELS:
+                    rows = [row for row in fresh_rows(results, model, family) if row.site == site]
+                    head = nearest_to_wanted(rows)
+                    if head is not None and head.density_histogram is not None:
+                        colour = style.theme.of(model)
+                        curves.append(DensityCurve(head.density_histogram, colour, line))
+            draw_density_panel(panel, curves)
+        figure.supxlabel("share of tokens on which a latent fires")
+        figure.supylabel("share of latents")
+        _add_legend(figure, results, style, starred=False, markers=False)
+    return figure
+
+
+def bar_panels(results: Results) -> list[BarPanel]:
+    """All sites at once by family, then a panel of single sites a family."""
+    compound = [(c.family, SUM_L0, c.near(BARS_AT)) for c in compare_compound(results)]
+    found = [_bar_panel("all sites at once", compound)]
+    for family in results.families:
+        single = [
+            (site_label(c.site), "L0", c.near(BARS_AT))
+            for c in compare_sites(results)
+            if c.family == family
+        ]
+        found.append(_bar_panel(f"one site at a time: {family}", single))
+    return [panel for panel in found if panel.labels]
+
+
+def _bar_panel(title: str, found: Sequence[tuple[str, str, PointComparison | None]]) -> BarPanel:
+    shared = [(name, total, point) for name, total, point in found if point is not None]
+    return BarPanel(
+        title,
+        [f"{name}\n{total} {l0_text(point.l0)}" for name, total, point in shared],
+        [[getattr(point, model) for _, _, point in shared] for model in MODELS],
+    )
+
+
+def has_densities(results: Results) -> bool:
+    """Whether any fresh head's histogram was kept."""
+    return any(row.density_histogram is not None for row in results.rows)
+
+
+def has_bars(results: Results) -> bool:
+    """Whether the models share any L0."""
+    return bool(bar_panels(results))
 
 
 DRAWINGS: dict[str, Drawing] = {
     "compound": draw_compound,
+    "bars": draw_bars,
     "sites": draw_sites,
+    "densities": draw_densities,
     "ce": draw_ce,
     "norms": draw_norms,
 }
@@ -174,9 +239,18 @@ def _star(style: Style) -> dict[str, object]:
     }
 
 
-def _add_legend(figure: Figure, results: Results, style: Style, *, starred: bool) -> None:
-    handles = _models(style) + [
-        Line2D([], [], color=style.theme.text, marker=marker, linestyle=line, label=family)
+def _add_legend(
+    figure: Figure, results: Results, style: Style, *, starred: bool, markers: bool = True
+) -> None:
+    handles = model_handles(style) + [
+        Line2D(
+            [],
+            [],
+            color=style.theme.text,
+            marker=marker if markers else "none",
+            linestyle=line,
+            label=family,
+        )
         for family, marker, line in zip(
             results.families, cycle(MARKERS), cycle(LINES), strict=False
         )
@@ -192,7 +266,8 @@ def _add_legend(figure: Figure, results: Results, style: Style, *, starred: bool
     )
 
 
-def _models(style: Style) -> list[Line2D]:
+def model_handles(style: Style) -> list[Line2D]:
+    """Legend entries of both models."""
     return [
         Line2D([], [], color=style.theme.of(model), linewidth=4, label=model) for model in MODELS
     ]

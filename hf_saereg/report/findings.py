@@ -22,6 +22,7 @@ from hf_saereg.report.verdict import (
 )
 
 SETTLED = 0.10  # median movement up to which a comparison counts as settled
+BARS_AT = 50  # of the published bars; the nearest L0 that all models reached is shown
 SUM_L0 = "Σ\N{NO-BREAK SPACE}L0"
 EQUAL_CE = 0.0005  # nats; what rounds to 0.000 is not called a difference
 EQUAL_GAP = 0.005  # nats; what the published experiment's CE varies by between seeds
@@ -289,6 +290,8 @@ def _readings(results: Results, comparisons: list[Comparison]) -> dict[str, str]
         ),
         "ce": _overfitting(results),
         "norms": norms,
+        "bars": "Lower is better. Where not both models reached 50, the nearest L0 that both did.",
+        "densities": "Of the fresh SAEs nearest to L0 20; latents that never fired are left out.",
     }
 
 
@@ -303,6 +306,18 @@ def _course(comparison: Comparison) -> str:
         if places:
             parts.append(f"{word} at {listed(places)}")
     return ", ".join(parts) or "not comparable"
+
+
+def _bars_described(results: Results) -> str:
+    parts = []
+    for comparison in compare_compound(results):
+        point = comparison.near(BARS_AT)
+        if point is not None:
+            parts.append(
+                f"All sites, {comparison.family}, {SUM_L0} {l0_text(point.l0)}: plain "
+                f"{signed(point.plain)}, regularized {signed(point.regularized)}"
+            )
+    return "; ".join(parts) + "."
 
 
 def _descriptions(
@@ -341,4 +356,7 @@ def _descriptions(
         f"{plain.eval_ce:.3f}. Regularized: training {regularized.train_ce:.3f}, validation "
         f"{regularized.eval_ce:.3f}.",
         "norms": "Line chart of the mean norm of the residual stream. " + "; ".join(norms) + ".",
+        "bars": "Bar charts of the CE increase at one L0. " + _bars_described(results),
+        "densities": "A panel a site with the share of latents over the share of tokens on which "
+        "they fire, for the fresh SAEs of both models.",
     }

@@ -10,20 +10,21 @@ What is notable:
 
 import base64
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_saereg.report.findings import l0_text, signed
 
-T = TypeVar("T")
+if TYPE_CHECKING:  # it imports matplotlib
+    from hf_saereg.report.events import Drawn
 
 
 class Picture(NamedTuple):
     """One figure, ready for the page.
 
     Attributes:
-        name: of its PNG file.
+        name: of its PNG and SVG files.
         title: its caption.
         reading: what it shows, in one line.
         description: its alternative text.
@@ -70,16 +71,12 @@ def require_extra(*names: str) -> None:
 
 
 def draw_pictures(
-    drawings: Mapping[str, Callable[[T, Any], Any]],
-    shown: T,
-    captions: Mapping[str, Caption],
-    folder: Path,
+    figures: Mapping[str, "Drawn"], captions: Mapping[str, Caption], folder: Path
 ) -> dict[str, Picture]:
-    """Draw every figure for every appearance, and as PNG files.
+    """Draw every figure for every appearance, and as PNG and SVG files.
 
     Args:
-        drawings: from what is shown and a `Style` to a matplotlib figure, by name.
-        shown: what they draw.
+        figures: by name.
         captions: the words of each.
         folder: for the files.
     """
@@ -93,10 +90,12 @@ def draw_pictures(
     }
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for name, draw in drawings.items():
-        (folder / f"{name}.png").write_bytes(render(draw, shown, Style(), "png"))
+    for name, (draw, shown) in figures.items():
+        for image_format in ("png", "svg"):
+            content = render(draw, shown, Style(), image_format)
+            (folder / f"{name}.{image_format}").write_bytes(content)
         sources = {
-            appearance: _data_uri(render(draw, shown, style, "svg"))
+            appearance: _data_uri(render(draw, shown, style, "svg", transparent=True))
             for appearance, style in styles.items()
         }
         pictures[name] = Picture(name, *captions[name], sources)

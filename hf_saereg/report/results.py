@@ -2,16 +2,19 @@
 
 What is notable:
 
-- The dataclasses are the schema: a field is a required key, its type is what the key must hold.
+- The dataclasses are the schema: a field is a required key, but one that may be None by default,
+  which older files lack; its type is what the key must hold.
   Keys that no field names are left alone.
 - Every number must be finite: a NaN is refused by the key it stands under, never drawn as a gap.
 - CE is in nats a token throughout.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -47,6 +50,15 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Latents by the decimal logarithm of the share of tokens on which they fire."""
+
+    log10_edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    never: int
+
+
+@dataclass(frozen=True)
 class SAEResult:
     """One SAE at one site of one model."""
 
@@ -60,6 +72,7 @@ class SAEResult:
     fvu: float
     dead_fraction: float
     ce_increase_at_half: float | None  # at half of a fresh SAE's training; None for a co-trained
+    density_histogram: Histogram | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,20 @@ def read_results(results: Mapping[str, object]) -> Results:
     return read
 
 
+def read_json(path: Path) -> Mapping[str, object]:
+    """Parse a file that a run wrote.
+
+    Raises:
+        ReportError: if it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"Cannot read {path} ({error}); give a folder that a sweep or a run has finished."
+        ) from error
+
+
 def read_as(kind: type[T], results: Mapping[str, object]) -> T:
     """Give parsed JSON the types of a dataclass, whose fields are the schema.
 
@@ -212,7 +239,9 @@ def _read(kind: type, value: object, path: str) -> object:
         )
     if dataclasses.is_dataclass(kind):
         keys = _mapping(value, path)
-        return kind(**{n: _child(t, keys, n, path) for n, t in get_type_hints(kind).items()})
+        optional = {f.name for f in dataclasses.fields(kind) if f.default is None} - keys.keys()
+        hints = {n: t for n, t in get_type_hints(kind).items() if n not in optional}
+        return kind(**{n: _child(t, keys, n, path) for n, t in hints.items()})
     return _read_scalar(kind, value, path)
 
 
@@ -234,6 +263,8 @@ def _read_union(kinds: tuple[type, ...], value: object, path: str) -> object:
         return None
     if isinstance(value, str) and str in kinds:
         return value
+    for kind in filter(dataclasses.is_dataclass, kinds):
+        return _read(kind, value, path)
     return _read_scalar(float, value, path)
 
 

@@ -8,7 +8,6 @@ What is notable:
   nothing is extrapolated: models are compared inside the range that all of them reached.
 """
 
-import json
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -17,20 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_saereg.report.results import COTRAINED, FRESH, ReportError, read_as
+from hf_saereg.report.results import (
+    COTRAINED,
+    FRESH,
+    Histogram,
+    ReportError,
+    read_as,
+    read_json,
+)
 from hf_saereg.report.verdict import SAME_L0, Curve, CurvePoint, relative_movement
 
 RESULTS_FILE = "results.json"
 POINTS_COMPARED = 5
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Latents by the decimal logarithm of the share of tokens on which they fire."""
-
-    log10_edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    never: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,7 @@ class SweptModel:
     heads: tuple[SweptHead, ...]
     sets: tuple[SweptSet, ...]
     setup: SweptSetup
+    seconds: dict[str, float]
 
 
 class Variant(NamedTuple):
@@ -168,12 +166,7 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
     found = []
     for folder in folders:
         path = folder / RESULTS_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ReportError(
-                f"Cannot read {path} ({error}); give a folder that a sweep or a run has finished."
-            ) from error
+        content = read_json(path)
         try:
             run = read_as(SweptRun, content)
         except ReportError as error:
@@ -191,6 +184,7 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
             heads=tuple(row for row in run.rows if row.model == name),
             sets=tuple(row for row in run.compound if row.model == name),
             setup=run.setup,
+            seconds=run.seconds,
         )
         for folder, name, run in found
     ]
@@ -249,21 +243,46 @@ def compare(models: Sequence[SweptModel], variant: Variant) -> list[AtEqualL0]:
         models: of any runs.
         variant: of fresh SAEs.
     """
-    every = [curves_by_seed(fresh(model.sets, variant)) for model in models]
+    every, shared = _shared_range([model.sets for model in models], variant)
+    if shared is None:
+        return []
+    return [_at(every, variant, l0) for l0 in _spread_out(*shared)]
+
+
+def nearest_shared(
+    rows: Sequence[Sequence[SweptHead | SweptSet]], variant: Variant, l0: float
+) -> AtEqualL0 | None:
+    """The same at the L0 nearest to one that is wanted; None where the models share no L0.
+
+    Args:
+        rows: of each model.
+        variant: of fresh SAEs.
+        l0: wanted.
+    """
+    every, shared = _shared_range(rows, variant)
+    if shared is None:
+        return None
+    low, high = shared
+    return _at(every, variant, min(max(l0, low), high))
+
+
+def _shared_range(
+    rows: Sequence[Sequence[SweptHead | SweptSet]], variant: Variant
+) -> tuple[list[list[Curve]], tuple[float, float] | None]:
+    every = [curves_by_seed(fresh(own, variant)) for own in rows]
     curves = [curve for own in every for curve in own]
     if not curves or not all(curve.points for curve in curves):
-        return []
+        return every, None
     low = max(curve.points[0].l0 for curve in curves)
     high = min(curve.points[-1].l0 for curve in curves)
-    if low > high:
-        return []
-    found = []
-    for l0 in _spread_out(low, high):
-        values = [[curve.at(l0).ce_increase for curve in own] for own in every]
-        means = [statistics.fmean(own) if own else None for own in values]
-        spread = [max(own) - min(own) if len(own) > 1 else None for own in values]
-        found.append(AtEqualL0(variant, l0, means, spread))
-    return found
+    return every, (low, high) if low <= high else None
+
+
+def _at(every: Sequence[Sequence[Curve]], variant: Variant, l0: float) -> AtEqualL0:
+    values = [[curve.at(l0).ce_increase for curve in own] for own in every]
+    means = [statistics.fmean(own) if own else None for own in values]
+    spread = [max(own) - min(own) if len(own) > 1 else None for own in values]
+    return AtEqualL0(variant, l0, means, spread)
 
 
 def movement(model: SweptModel, variant: Variant) -> float | None:

@@ -1,22 +1,24 @@
 """The figures of what sweeps found: a colour a model, a marker and a line style a variant."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
+from hf_saereg.report.bars import BarPanel, draw_bar_panels
 from hf_saereg.report.canvas import (
     LINES,
     MARKERS,
     Style,
+    panels,
     scale_l0_axis,
     settings,
     site_label,
 )
+from hf_saereg.report.densities import DensityCurve, draw_density_panel, nearest_to_wanted
+from hf_saereg.report.findings import BARS_AT, SUM_L0, l0_text
 from hf_saereg.report.swept import (
     SweptHead,
     SweptModel,
@@ -26,12 +28,12 @@ from hf_saereg.report.swept import (
     cotrained,
     fresh,
     mean_curve,
+    nearest_shared,
     variants,
 )
 
 Models = Sequence[SweptModel]
 Drawing = Callable[[Models, Style], Figure]
-WANTED_L0 = 20  # the density histograms are of the SAEs nearest to it
 
 
 def draw_compound(models: Models, style: Style) -> Figure:
@@ -49,9 +51,9 @@ def draw_compound(models: Models, style: Style) -> Figure:
 def draw_sites(models: Models, style: Style) -> Figure:
     """Draw a panel per site: L0 against CE increase, each site replaced alone."""
     with settings(style):
-        figure, panels = _panels(models, style)
-        for site, axes in panels:
-            _draw_curves(axes, models, [at_site(model, site) for model in models], style)
+        figure, axes = panels(_sites(models), style)
+        for site, panel in axes.items():
+            _draw_curves(panel, models, [at_site(model, site) for model in models], style)
         figure.supxlabel("L0, active latents a token (log scale)")
         figure.supylabel("CE increase, nats a token")
         _add_legend(figure, models, style)
@@ -62,58 +64,63 @@ def draw_densities(models: Models, style: Style) -> Figure:
     """Draw a panel per site: how many latents fire how often, of the SAEs nearest to L0 20."""
     looks = list(zip(variants(models), cycle(LINES), strict=False))
     with settings(style):
-        figure, panels = _panels(models, style)
-        for site, axes in panels:
-            for index, model in enumerate(models):
-                for variant, line in looks:
-                    head = nearest_head(model, variant, site)
-                    if head is not None:
-                        histogram = head.density_histogram
-                        shares = [count / head.d_sae for count in histogram.counts]
-                        axes.stairs(
-                            shares,
-                            histogram.log10_edges,
-                            color=style.theme.nth(index),
-                            linestyle=line,
-                            linewidth=1.4,
-                            baseline=None,
-                        )
-            axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.xaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+        figure, axes = panels(_sites(models), style)
+        for site, panel in axes.items():
+            curves = [
+                DensityCurve(head.density_histogram, style.theme.nth(index), line)
+                for index, model in enumerate(models)
+                for variant, line in looks
+                if (head := nearest_head(model, variant, site)) is not None
+            ]
+            draw_density_panel(panel, curves)
         figure.supxlabel("share of tokens on which a latent fires")
         figure.supylabel("share of latents")
         _add_legend(figure, models, style, markers=False)
     return figure
 
 
+def draw_bars(models: Models, style: Style) -> Figure:
+    """Draw bars near a Σ L0 of 50 and, site by site, near an L0 of 50, that all models reached."""
+    labels = [model.label for model in models]
+    return draw_bar_panels(bar_panels(models), labels, lambda style, i: style.theme.nth(i), style)
+
+
 DRAWINGS: dict[str, Drawing] = {
     "compound": draw_compound,
+    "bars": draw_bars,
     "sites": draw_sites,
     "densities": draw_densities,
 }
 
 
+def bar_panels(models: Models) -> list[BarPanel]:
+    """All sites at once by variant, then a panel of single sites a variant."""
+    sites = _sites(models)
+    compound = BarPanel("all sites at once", [], [[] for _ in models])
+    by_variant = []
+    for variant in variants(models):
+        single = BarPanel(f"one site at a time: {variant.label}", [], [[] for _ in models])
+        places = [("", [model.sets for model in models], compound)]
+        places += [(site, [at_site(model, site) for model in models], single) for site in sites]
+        for site, rows, panel in places:
+            found = nearest_shared(rows, variant, BARS_AT)
+            if found is not None:
+                name, total = (site_label(site), "L0") if site else (variant.label, SUM_L0)
+                panel.labels.append(f"{name}\n{total} {l0_text(found.l0)}")
+                for heights, height in zip(panel.heights, found.ce_increase, strict=True):
+                    heights.append(height)
+        by_variant.append(single)
+    return [panel for panel in (compound, *by_variant) if panel.labels]
+
+
 def nearest_head(model: SweptModel, variant: Variant, site: str) -> SweptHead | None:
     """The fresh SAE at the first seed whose L0 is nearest to 20, on a log scale."""
     rows = [row for row in fresh(at_site(model, site), variant) if row.l0 > 0]
-    first = [row for row in rows if row.seed == rows[0].seed]
-    return min(first, key=lambda row: abs(math.log(row.l0 / WANTED_L0)), default=None)
+    return nearest_to_wanted(row for row in rows if row.seed == rows[0].seed)
 
 
-def _panels(models: Models, style: Style) -> tuple[Figure, Iterator[tuple[str, Axes]]]:
-    sites = list(dict.fromkeys(site for model in models for site in model.sites))
-    columns = min(len(sites), 2 if style.phone else 3 if len(sites) <= 6 else 4)
-    rows = -(-len(sites) // columns)
-    height = rows * (1.75 if style.phone else 2.15) + 0.9
-    figure = Figure((style.width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, site in zip(axes, sites, strict=False):
-        panel.set_title(site_label(site))
-    for unused in axes[len(sites) :]:
-        unused.set_axis_off()
-    return figure, zip(sites, axes, strict=False)
+def _sites(models: Models) -> list[str]:
+    return list(dict.fromkeys(site for model in models for site in model.sites))
 
 
 def _draw_curves(

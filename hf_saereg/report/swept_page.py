@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from hf_saereg.report.findings import SUM_L0, l0_text, listed, signed
 from hf_saereg.report.layout import Caption, draw_pictures, render_template, require_extra
+from hf_saereg.report.measured_section import quality_section
 from hf_saereg.report.swept import (
     AtEqualL0,
     SweptModel,
@@ -41,10 +42,10 @@ class Movement(NamedTuple):
 
 
 def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
-    """Write `index.html` and `figures/*.png` about runs.
+    """Write `index.html`, `figures/` (PNG and SVG) and `tensorboard/` about runs.
 
     Args:
-        folders: each with a `results.json`.
+        folders: each with a `results.json`, and what else is known of it.
         output_dir: folder to write to; made if it is missing.
 
     Returns:
@@ -55,10 +56,20 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
         ImportError: if matplotlib or jinja2 is not installed.
     """
     models = read_runs(folders)
+    quality = quality_section(folders)
     require_extra("matplotlib", "jinja2")
-    from hf_saereg.report.swept_figures import DRAWINGS
+    from hf_saereg.report.events import Drawn, write_events
+    from hf_saereg.report.measured_figures import draw_quality
+    from hf_saereg.report.swept_figures import DRAWINGS, bar_panels
 
-    pictures = draw_pictures(DRAWINGS, models, captions(models), output_dir / "figures")
+    wanted = {name: draw for name, draw in DRAWINGS.items() if name != "bars" or bar_panels(models)}
+    figures = {name: Drawn(draw, models) for name, draw in wanted.items()}
+    words = captions(models)
+    if quality:
+        figures["quality"] = Drawn(draw_quality, quality.models)
+        words["quality"] = quality.caption
+    pictures = draw_pictures(figures, words, output_dir / "figures")
+    write_events(figures, output_dir / "tensorboard")
     compared = {variant: compare(models, variant) for variant in variants(models)}
     moved = [
         Movement(model.label, variant, median)
@@ -77,6 +88,7 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
         seeds={row.seed for model in models for row in model.sets} - {None},
         settled=SETTLED,
         pictures=pictures,
+        quality=quality,
     )
     page.write_text(html, encoding="utf-8")
     return page
@@ -127,6 +139,12 @@ def captions(models: Sequence[SweptModel]) -> dict[str, Caption]:
             f"Compound CE increase against {SUM_L0}",
             "Lower is better; towards the left, sparser.",
             f"Curves of the compound CE increase over the sum of L0. {'. '.join(ends)}.",
+        ),
+        "bars": Caption(
+            f"CE increase near {SUM_L0} 50, and near L0 50 of one site",
+            "Lower is better. Where not every model reached 50, the nearest L0 that all did.",
+            f"Bars of the CE increase on {names}: with all sites replaced, and with one at a time. "
+            "The table of equal L0 has the former.",
         ),
         "sites": Caption(
             "CE increase against L0, site by site",

@@ -1,0 +1,123 @@
+"""What a training left in its folder that a page shows: norms over its steps, and its shape's cost.
+
+What is notable:
+
+- All of it is optional: a page of `results.json` alone goes without.
+- FLOPs are counted on paper: two a weight and token, the products of attention over the whole
+  context, three times as many with the backward pass, and of a head six dense products, of which
+  only the first stays dense where the others run over active latents alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_saereg.report.results import MODELS, Pair, Results
+
+STATE_FILE, CONFIG_FILE = "trainer_state.json", "config.json"
+
+
+class NormCurve(NamedTuple):
+    """Mean norm at one site during a training.
+
+    Attributes:
+        steps: at which it was logged.
+        norms: ‖x‖₂, mean of the tokens since the log before.
+    """
+
+    steps: list[int]
+    norms: list[float]
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a training step, a token of its text.
+
+    Attributes:
+        language: forward and backward pass of the language model.
+        heads_dense: of all heads, every product over all latents.
+        heads_sparse: likewise, past the encoder over active latents alone.
+    """
+
+    language: float
+    heads_dense: float
+    heads_sparse: float
+
+
+class Training(NamedTuple):
+    """One model's.
+
+    Attributes:
+        norms: by site; empty where none was logged.
+        flops: None where the model's shape is not at hand.
+    """
+
+    norms: dict[str, NormCurve]
+    flops: Flops | None
+
+
+def read_trainings(run: Path, results: Results) -> Pair[Training]:
+    """Of both models of a comparison.
+
+    Args:
+        run: its folder.
+        results: for the L0 of co-trained heads, and the length of the context.
+    """
+    trainings = []
+    for model in MODELS:
+        folder = run / model
+        log = _json(folder / STATE_FILE).get("log_history", [])
+        config = _json(folder / CONFIG_FILE)
+        heads = {
+            path.parent.name: _json(path) for path in sorted((folder / "saes").glob("*/cfg.json"))
+        }
+        flops = _flops(config, heads, results) if config else None
+        trainings.append(Training(_norms(log, results.sites), flops))
+    return Pair(*trainings)
+
+
+def language_flops(config: Mapping[str, Any]) -> float:
+    """Forward and backward pass of a GPT-2, a token of a full context.
+
+    Args:
+        config: `config.json`.
+    """
+    width, layers = config["n_embd"], config["n_layer"]
+    inner = config.get("n_inner") or 4 * width
+    weights = layers * (4 * width**2 + 2 * width * inner) + config["vocab_size"] * width
+    return 3 * (2 * weights + 4 * layers * width * config["n_positions"])
+
+
+def head_flops(d_in: int, d_sae: int, l0: float | None) -> float:
+    """Forward and backward pass of a head, a token.
+
+    Args:
+        d_in: width of the stream.
+        d_sae: latents.
+        l0: active latents, where only they are computed past the encoder; None for all.
+    """
+    return 2 * d_in * (6 * d_sae if l0 is None else d_sae + 5 * l0)
+
+
+def _flops(config: Mapping[str, Any], heads: Mapping[str, Any], results: Results) -> Flops:
+    shapes = [
+        (cfg["d_in"], cfg["d_sae"], results.cotrained_l0(site) or 0.0)
+        for site, cfg in heads.items()
+    ]
+    dense = sum(head_flops(d_in, d_sae, None) for d_in, d_sae, _ in shapes)
+    sparse = sum(head_flops(*shape) for shape in shapes)
+    return Flops(language_flops(config), dense, sparse)
+
+
+def _norms(log: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> dict[str, NormCurve]:
+    found = {}
+    for site in sites:
+        logged = [entry for entry in log if f"x_norm/{site}" in entry]
+        if logged:
+            norms = [entry[f"x_norm/{site}"] for entry in logged]
+            found[site] = NormCurve([entry["step"] for entry in logged], norms)
+    return found
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
