@@ -12,7 +12,8 @@ from tiny_recipe import configuration
 
 from hf_saereg.errors import UserError
 from hf_saereg.report.l0_curves import L0Curve, l0_curves
-from hf_saereg.study import Study, StudyError, markdown, shard_of, table
+from hf_saereg.study import Study, StudyError, shard_of
+from hf_saereg.study_table import markdown, table
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "study_character.py"
 VARIANTS = {
