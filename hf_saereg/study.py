@@ -118,7 +118,7 @@ class Study:
             if timed not in self.variants or TRAIN_SECONDS_OF in self.variants[timed]:
                 raise StudyError(
                     f"{TRAIN_SECONDS_OF} of the variant {variant!r} is {timed!r}, which is no "
-                    "variant with steps of its own; name one of this study, a grid's with its value."
+                    "variant with steps of its own; name one of this study, of a grid one point."
                 )
             if self.model_of(timed) == UNTRAINED or self.model_of(self.baseline) != PLAIN:
                 raise StudyError(

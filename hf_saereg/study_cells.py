@@ -173,9 +173,7 @@ def transplant(study: Study, variant: str, seed: int, folder: Path) -> bool:
     heads = SAERegGPT2LMHeadModel.from_pretrained(donor).eval().heads
     model = SAERegGPT2LMHeadModel.from_pretrained(target).eval()
     model.load_heads(donor)
-    batches = fidelity_batches(
-        job.blocks["validation"], job.fresh.fidelity_blocks, model.config
-    )
+    batches = fidelity_batches(job.blocks["validation"], job.fresh.fidelity_blocks, model.config)
     scores = fidelity(model, heads, batches, baselines(model, batches))
     rows = [
         {"site": name, **effect.figures(), **statistics.figures()}

@@ -72,7 +72,9 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
         "model": model,
         "family": heads.architecture if model == REGULARIZED else "none",
         "control": control,
-        "flops_per_token": 0 if model == UNTRAINED else 6 * (language + share * sum(sizes) + spliced),
+        "flops_per_token": 0
+        if model == UNTRAINED
+        else 6 * (language + share * sum(sizes) + spliced),
         "curve": variant,
         "knob": None,
         "weight": None,

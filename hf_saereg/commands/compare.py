@@ -2,8 +2,8 @@
 
     saereg compare STUDY.yaml --output_dir DIR
 
-Writes to DIR a folder a variant and seed, `study.json`, `table.md`, `index.html`, `figures/`,
-`trade_off.png` and, where heads have a target, `l0.png`.
+Writes to DIR a folder a variant and seed, `study.json`, `table.md`, `trade_off.png` and, where
+heads have a target, `l0.png`.
 
 Notable:
 - finished cells are never run again; interrupted ones go on
@@ -18,7 +18,7 @@ from pathlib import Path
 from hf_saereg.errors import UserError
 from hf_saereg.options import parse_options
 from hf_saereg.report.layout import require_extra
-from hf_saereg.run_folder import command_line, write_json
+from hf_saereg.run_folder import write_json
 from hf_saereg.study import Study, shard_of
 from hf_saereg.study_cells import (
     StudyCell,
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     (arguments,) = parse_options(CompareArguments, arguments=words)
     try:
-        require_extra("matplotlib", "jinja2", "scipy")
+        require_extra("matplotlib")
     except ImportError as error:
         raise UserError(str(error)) from error
     study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
@@ -81,7 +81,7 @@ def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
 
 
 def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
-    """Write tables, figures and page about the cells that are finished.
+    """Write tables and figures about the cells that are finished.
 
     Args:
         study: what they are cells of.
@@ -89,7 +89,6 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
         folder: of the study.
     """
     from hf_saereg.report.l0_curves import draw_l0_curves
-    from hf_saereg.report.study_page import write_study_report
     from hf_saereg.report.trade_off import draw_trade_off
 
     cells = finished_cells(study, folder)
@@ -101,10 +100,15 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
     logs, targets = steered_trainings(study, folder)
     if logs:
         draw_l0_curves(logs, targets, folder / "l0.png")
-    found, text = write_study_report(
-        cells, settings, study.baseline, study.seeds, command_line(), folder
-    )
-    write_json(folder / "study.json", {"variants": rows, **found})
-    (folder / "table.md").write_text(markdown(rows) + text)
-    print(markdown(rows) + text)
-    print(f"Open {(folder / 'index.html').resolve()}")
+    content = {
+        "rows": rows,
+        "settings": settings,
+        "transplanted": [
+            {"variant": cell["variant"], "seed": cell["seed"], **cell["transplanted"]}
+            for cell in cells
+            if cell["transplanted"] is not None
+        ],
+    }
+    write_json(folder / "study.json", content)
+    (folder / "table.md").write_text(markdown(rows))
+    print(markdown(rows))
