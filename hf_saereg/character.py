@@ -28,6 +28,16 @@ from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
+OPTION_CLASSES = (
+    SAERegArguments,
+    HeadsArguments,
+    TermOptions,
+    TwinArguments,
+    CorpusArguments,
+    CharacterModelArguments,
+    FreshHeadsArguments,
+)
+
 
 @dataclass
 class CharacterJob:
@@ -62,16 +72,7 @@ class CharacterJob:
         Raises:
             UserError: if the options cannot be used, or the folder holds another run.
         """
-        parsed = parse_options(
-            SAERegArguments,
-            HeadsArguments,
-            TermOptions,
-            TwinArguments,
-            CorpusArguments,
-            CharacterModelArguments,
-            FreshHeadsArguments,
-            arguments=words,
-        )
+        parsed = parse_options(*OPTION_CLASSES, arguments=words)
         arguments, heads, _term, _twin, corpus, shape, fresh = parsed
         options = as_record(parsed)
         with arguments.main_process_first():

@@ -2,6 +2,7 @@
 
     saereg sweep MODEL --dataset TEXT …     fresh SAEs on a model, scored
     saereg report RUN… --output_dir OUT     what sweeps found, as a page
+    saereg compare STUDY.yaml …             variants of a training at several seeds, compared
     saereg features MODEL [MODEL] …         what the latents of a head stand for, as a page
     saereg quality RUN… --dataset TEXT      whether latents are better, or packed
     saereg push DIR REPO                    a checkpoint, its heads and its card to the Hub
@@ -51,6 +52,12 @@ COMMANDS = {
         ("runs",),
         "RUN… --output_dir OUT",
         "write what runs found as a page to open",
+    ),
+    "compare": Command(
+        "hf_saereg.commands.compare",
+        ("study",),
+        "STUDY.yaml --output_dir DIR",
+        "train variants at several seeds, score and compare them, paired by seed",
     ),
     "features": Command(
         "hf_saereg.commands.features",

@@ -1,35 +1,26 @@
 """Studies: several variants of a tiny job, in two shards, their table and figures."""
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from tiny_recipe import configuration
 
+from hf_saereg.commands.compare import main
 from hf_saereg.errors import UserError
 from hf_saereg.report.l0_curves import L0Curve, l0_curves
-from hf_saereg.study import Study, StudyError, markdown, shard_of, table
+from hf_saereg.study import Study, StudyError, shard_of
+from hf_saereg.study_table import markdown, table
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "study_character.py"
 VARIANTS = {
     "plain": {"model": "plain"},
     "steered": {"architecture": "standard", "target_l0": [6.0]},
-    "sparser": {"architecture": "topk", "k": [2]},
+    "sparser": {"architecture": "topk", "grid": {"k": [2]}},
+    "as long": {"model": "plain", "train_seconds_of": "steered"},
+    "untrained": {"model": "untrained"},
 }
-
-
-def main(*words):
-    """The recipe, in this process."""
-    spec = importlib.util.spec_from_file_location("study_character", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["study_character.py", *map(str, words)])
-        recipe.main()
+NAMES = ["plain", "steered", "sparser, k 2", "as long", "untrained"]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +32,10 @@ def study(tmp_path_factory):
     (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["--study", folder / "study.yaml", "--output_dir", folder / "out"]
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    main(*words, "--shard", "1", "2")
+    main([*map(str, words), "--shard", "1", "2"])
     halfway = (folder / "out" / "table.md").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/*/cell.json")}
-    main(*words)
+    main([*map(str, words)])
     return folder, halfway, stamps
 
 
@@ -65,7 +56,7 @@ def cell(variant, seed, eval_ce, seconds, increase):
 
 def test_every_cell_is_trained_scored_and_kept(study):
     folder, _, _ = study
-    for variant in VARIANTS:
+    for variant in NAMES:
         for seed in (0, 1):
             found = json.loads(
                 (folder / "out" / variant / f"seed_{seed}" / "cell.json").read_text()
@@ -78,14 +69,14 @@ def test_every_cell_is_trained_scored_and_kept(study):
 
 def test_shards_together_are_the_whole_and_nothing_runs_twice(study):
     _, halfway, stamps = study
-    assert len(stamps) == 3
+    assert len(stamps) == 4  # the control waits for cells of the other shard
     assert "| steered | 1 |" not in halfway  # its pair at the same seed was still missing
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
 def test_the_table_has_a_line_a_variant(study):
     lines = (study[0] / "out" / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == list(VARIANTS)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == NAMES
     assert all(line.split("|")[2].strip() == "2" for line in lines[2:])
 
 
@@ -148,7 +139,7 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_is_trained(tmp_pat
     content = {"base": base.name, "seeds": [0], "variants": variants}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(UserError, match="k at"):
-        main("--study", tmp_path / "study.yaml", "--output_dir", tmp_path / "out")
+        main(["--study", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "plain" / "seed_0" / "plain").exists()
 
 
@@ -156,3 +147,45 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_is_trained(tmp_pat
 def test_a_shard_that_is_none_is_refused(shard):
     with pytest.raises(StudyError, match="shard"):
         shard_of([("a", 0)], shard)
+
+
+def test_a_control_trains_the_steps_that_were_written_down(study):
+    for seed in (0, 1):
+        own = study[0] / "out" / "as long" / f"seed_{seed}"
+        found = json.loads((own / "cell.json").read_text())
+        budget = json.loads((own / "budget.json").read_text())
+        wanted = budget["train_seconds"] / budget["plain_seconds_per_step"]
+        assert found["figures"]["steps"] == budget["max_steps"] == max(1, round(wanted))
+        assert found["budget"] == budget
+
+
+def test_an_untrained_model_predicts_like_chance(study):
+    found = json.loads((study[0] / "out" / "untrained" / "seed_0" / "cell.json").read_text())
+    assert found["figures"]["steps"] == 0
+    assert found["figures"]["eval_ce"] == pytest.approx(4.852, abs=0.1)  # ln 128
+
+
+def test_cotrained_heads_are_scored_on_the_baseline_too(study):
+    content = json.loads((study[0] / "out" / "study.json").read_text())
+    moved = {(row["variant"], row["seed"]) for row in content["transplanted"]}
+    assert moved == {(name, seed) for name in ("steered", "sparser, k 2") for seed in (0, 1)}
+    assert all(row["compound"]["sum_l0"] > 0 for row in content["transplanted"])
+
+
+@pytest.mark.parametrize(
+    "options, culprit",
+    [
+        ({"model": "other"}, "choose one of"),
+        ({"grid": {"k": 3}}, "list of values"),
+        ({"k": [1], "grid": {"k": [3]}}, "twice"),
+        ({"model": "plain", "train_seconds_of": "absent"}, "'absent'"),
+        ({"train_seconds_of": "a"}, "model: plain"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused_in_one_sentence(tmp_path, options, culprit):
+    variants = {"a": {"model": "plain"}, "b": options}
+    content = {"base": "b.yaml", "seeds": [0], "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(StudyError, match=culprit) as caught:
+        Study.read(tmp_path / "study.yaml")
+    assert "\n" not in str(caught.value)

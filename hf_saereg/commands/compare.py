@@ -1,0 +1,114 @@
+"""`saereg compare`: variants of a training at several seeds, trained, scored and compared.
+
+    saereg compare STUDY.yaml --output_dir DIR
+
+Writes to DIR a folder a variant and seed, `study.json`, `table.md`, `trade_off.png` and, where
+heads have a target, `l0.png`.
+
+Notable:
+- finished cells are never run again; interrupted ones go on
+- two terminals share the work with `--shard 0 2` and `--shard 1 2`; each writes what is finished by
+  then, and a control that waits for a cell of the other is left to the next call
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_saereg.errors import UserError
+from hf_saereg.options import parse_options
+from hf_saereg.report.layout import require_extra
+from hf_saereg.run_folder import write_json
+from hf_saereg.study import Study, shard_of
+from hf_saereg.study_cells import (
+    StudyCell,
+    finished_cells,
+    is_finished,
+    is_ready,
+    steered_trainings,
+    transplant,
+)
+from hf_saereg.study_settings import settings_of
+from hf_saereg.study_table import markdown, table
+
+
+@dataclass
+class CompareArguments:
+    """Options of the comparison; those of the variants are in the study's file."""
+
+    study: str = field(metadata={"help": "YAML file with base, seeds and variants."})
+    output_dir: str = field(default="runs/study", metadata={"help": "Folder of the study."})
+    shard: list[int] = field(
+        default_factory=lambda: [0, 1],
+        metadata={"help": "I N: run every N-th cell, from the I-th on."},
+    )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the cells of this shard; compare all that are finished.
+
+    Raises:
+        UserError: if the study cannot be run, before anything is trained.
+    """
+    (arguments,) = parse_options(CompareArguments, arguments=words)
+    try:
+        require_extra("matplotlib")
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
+    settings = settings_of(study)
+    cells = shard_of(study.cells(), arguments.shard)
+    _run(study, cells, folder)
+    for variant, seed in cells:
+        transplant(study, variant, seed, folder)
+    write_study(study, settings, folder)
+
+
+def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
+    left = [cell for cell in cells if not is_finished(folder, *cell)]
+    ready = [cell for cell in left if is_ready(study, *cell, folder)]
+    prepared = [StudyCell.prepare(study, *cell, folder) for cell in ready]
+    for cell in prepared:  # all were prepared first: the last mistake shows before any training
+        cell.run()
+    for variant, seed in (cell for cell in left if cell not in ready):
+        if is_ready(study, variant, seed, folder):
+            StudyCell.prepare(study, variant, seed, folder).run()
+        else:
+            print(
+                f"{variant!r} at seed {seed} trains as long as a cell that another shard has not "
+                "finished; call this command again then."
+            )
+
+
+def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
+    """Write tables and figures about the cells that are finished.
+
+    Args:
+        study: what they are cells of.
+        settings: of its variants.
+        folder: of the study.
+    """
+    from hf_saereg.report.l0_curves import draw_l0_curves
+    from hf_saereg.report.trade_off import draw_trade_off
+
+    cells = finished_cells(study, folder)
+    rows = table(cells, study.baseline)
+    if not rows:
+        print(f"No seed of {study.baseline!r} is finished yet: nothing to compare with.")
+        return
+    draw_trade_off(rows, folder / "trade_off.png")
+    logs, targets = steered_trainings(study, folder)
+    if logs:
+        draw_l0_curves(logs, targets, folder / "l0.png")
+    content = {
+        "rows": rows,
+        "settings": settings,
+        "transplanted": [
+            {"variant": cell["variant"], "seed": cell["seed"], **cell["transplanted"]}
+            for cell in cells
+            if cell["transplanted"] is not None
+        ],
+    }
+    write_json(folder / "study.json", content)
+    (folder / "table.md").write_text(markdown(rows))
+    print(markdown(rows))

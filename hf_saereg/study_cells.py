@@ -1,0 +1,229 @@
+"""The cells of a study: trained, scored, kept; what is finished is never run again.
+
+    DIR/VARIANT/seed_N/cell.json          figures and scores, written last
+    DIR/VARIANT/seed_N/budget.json        steps of a control that trains as long as another variant
+    DIR/VARIANT/seed_N/transplanted.json  its co-trained heads on the baseline of the same seed
+
+Notable:
+- several processes may share a study: each takes the cells of its shard
+- a control's steps are written down before it trains, so that a resumed training has the same
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import set_seed
+
+from hf_saereg.character import CharacterJob
+from hf_saereg.corpora import collate_blocks
+from hf_saereg.fidelity import baselines, fidelity
+from hf_saereg.fresh import fidelity_batches, score_model
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.options import as_words
+from hf_saereg.resuming import STATE_FILE
+from hf_saereg.run_folder import write_json
+from hf_saereg.study import PLAIN, REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study, StudyError
+from hf_saereg.trainer import SAERegTrainer
+
+CELL_FILE = "cell.json"
+BUDGET_FILE = "budget.json"
+TRANSPLANTED_FILE = "transplanted.json"
+
+
+@dataclass(frozen=True)
+class StudyCell:
+    """One variant at one seed, whose options were found usable.
+
+    Attributes:
+        variant: its name.
+        seed: of model, text order and fresh heads.
+        folder: its own.
+        model: `plain`, `regularized` or `untrained`.
+        job: its trainings.
+        budget: of a control that trains as long as another variant; None for any other.
+    """
+
+    variant: str
+    seed: int
+    folder: Path
+    model: str
+    job: CharacterJob
+    budget: dict[str, Any] | None = None
+
+    @classmethod
+    def prepare(cls, study: Study, variant: str, seed: int, folder: Path) -> Self:
+        """Check the options of a cell, and begin its folder.
+
+        Args:
+            study: what it is a cell of.
+            variant: its name.
+            seed: of everything in it.
+            folder: of the study.
+
+        Raises:
+            UserError: if the options cannot be used, or the folder holds another run.
+        """
+        own, options = cell_folder(folder, variant, seed), dict(study.variants[variant])
+        options.pop("model", None)
+        options.pop(TRAIN_SECONDS_OF, None)
+        budget = _budget(study, variant, seed, folder)
+        if budget is not None:
+            options["max_steps"] = budget["max_steps"]
+        words = ["--config", str(study.base), *as_words(options)]
+        words += ["--seed", str(seed), "--output_dir", str(own), "--resume_from_checkpoint", "true"]
+        job = CharacterJob.from_options(words)
+        if job.arguments.push_to_hub:
+            raise StudyError("A study publishes nothing; push the folder of a finished model.")
+        if budget is not None:  # after the folder was found free, before anything is trained
+            write_json(own / BUDGET_FILE, budget)
+        return cls(variant, seed, own, study.model_of(variant), job, budget)
+
+    def run(self) -> None:
+        """Train and score; leaves `cell.json`."""
+        job = self.job
+        model, figures = (
+            _untrained(job, self.seed) if self.model == UNTRAINED else job.train(self.model)
+        )
+        scores = score_model(
+            self.variant, model, job.blocks, job.fresh.sweep(self.seed), self.folder / "fresh"
+        )
+        content = {"variant": self.variant, "seed": self.seed, "figures": figures, "scores": scores}
+        write_json(
+            self.folder / CELL_FILE, content | ({"budget": self.budget} if self.budget else {})
+        )
+
+
+def is_ready(study: Study, variant: str, seed: int, folder: Path) -> bool:
+    """Whether all that a cell waits for is finished; only controls wait."""
+    donors = study.donors(variant)
+    if donors is None or (cell_folder(folder, variant, seed) / BUDGET_FILE).is_file():
+        return True
+    return all(is_finished(folder, donor, seed) for donor in donors)
+
+
+def _budget(study: Study, variant: str, seed: int, folder: Path) -> dict[str, Any] | None:
+    donors = study.donors(variant)
+    if donors is None:
+        return None
+    path = cell_folder(folder, variant, seed) / BUDGET_FILE
+    if path.is_file():
+        return json.loads(path.read_text())
+    timed, plain = (_figures(folder, donor, seed) for donor in donors)
+    seconds_per_step = plain["train_seconds"] / plain["steps"]
+    return {
+        TRAIN_SECONDS_OF: donors[0],
+        "train_seconds": timed["train_seconds"],
+        "plain_seconds_per_step": seconds_per_step,
+        "max_steps": max(1, round(timed["train_seconds"] / seconds_per_step)),
+    }
+
+
+def _figures(folder: Path, variant: str, seed: int) -> dict[str, Any]:
+    return json.loads((cell_folder(folder, variant, seed) / CELL_FILE).read_text())["figures"]
+
+
+def _untrained(job: CharacterJob, seed: int) -> tuple[SAERegGPT2LMHeadModel, dict[str, Any]]:
+    """The model as it starts, and figures as a training's; its speed is no figure."""
+    set_seed(seed)
+    model = job.new_model(PLAIN)
+    trainer = SAERegTrainer(
+        model,
+        job.arguments,
+        train_dataset=job.blocks["train"],
+        eval_dataset=job.blocks["validation"],
+        data_collator=collate_blocks,
+        processing_class=job.tokenizer,
+    )
+    head_of_train = job.blocks["train"].select(
+        range(min(len(job.blocks["train"]), len(job.blocks["validation"])))
+    )
+    train = trainer.evaluate(head_of_train, metric_key_prefix="train")
+    return model.eval(), {
+        "eval_ce": trainer.evaluate()["eval_loss"],
+        "train_ce": train["train_loss"],
+        "tokens_per_second": None,
+        "train_seconds": 0.0,
+        "steps": 0,
+        "parameters": sum(p.numel() for p in model.plain_view().parameters()),
+    }
+
+
+def transplant(study: Study, variant: str, seed: int, folder: Path) -> bool:
+    """Score a variant's co-trained heads on the baseline of the same seed, unless done before.
+
+    Args:
+        study: what it is a cell of.
+        variant: its name.
+        seed: of both.
+        folder: of the study.
+
+    Returns:
+        Whether they are scored; they cannot be where there are no heads, or the weights are gone.
+    """
+    own, plain = (cell_folder(folder, name, seed) for name in (variant, study.baseline))
+    if (own / TRANSPLANTED_FILE).is_file():
+        return True
+    donor, target = own / REGULARIZED, plain / study.model_of(study.baseline)
+    finished = all(is_finished(folder, name, seed) for name in (variant, study.baseline))
+    if variant == study.baseline or not finished or not _are_models(donor, target):
+        return False
+    job = StudyCell.prepare(study, variant, seed, folder).job
+    heads = SAERegGPT2LMHeadModel.from_pretrained(donor).eval().heads
+    model = SAERegGPT2LMHeadModel.from_pretrained(target).eval()
+    model.load_heads(donor)
+    batches = fidelity_batches(job.blocks["validation"], job.fresh.fidelity_blocks, model.config)
+    scores = fidelity(model, heads, batches, baselines(model, batches))
+    rows = [
+        {"site": name, **effect.figures(), **statistics.figures()}
+        for name, (effect, statistics) in scores.sites.items()
+    ]
+    compound = {"sum_l0": scores.compound_l0, **scores.compound.figures()}
+    write_json(own / TRANSPLANTED_FILE, {"rows": rows, "compound": compound})
+    return True
+
+
+def _are_models(*folders: Path) -> bool:
+    return all((folder / "config.json").is_file() for folder in folders)
+
+
+def cell_folder(folder: Path, variant: str, seed: int) -> Path:
+    """Where a cell's files are."""
+    return folder / variant / f"seed_{seed}"
+
+
+def is_finished(folder: Path, variant: str, seed: int) -> bool:
+    """Whether a cell was run to its end."""
+    return (cell_folder(folder, variant, seed) / CELL_FILE).is_file()
+
+
+def finished_cells(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """Contents of the cells that are finished, variant by variant, with `transplanted` or None."""
+    cells = []
+    for variant in study.variants:
+        for seed in study.seeds:
+            if is_finished(folder, variant, seed):
+                own = cell_folder(folder, variant, seed)
+                cell = json.loads((own / CELL_FILE).read_text())
+                path = own / TRANSPLANTED_FILE
+                cell["transplanted"] = json.loads(path.read_text()) if path.is_file() else None
+                cells.append(cell)
+    return cells
+
+
+def steered_trainings(
+    study: Study, folder: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """Log and target of every finished variant that has a target, at the first seed.
+
+    Variants whose log was not kept are left out.
+    """
+    logs, targets = {}, {}
+    for variant, options in study.variants.items():
+        seed, target = study.seeds[0], options.get("target_l0")
+        state = cell_folder(folder, variant, seed) / REGULARIZED / STATE_FILE
+        if target and is_finished(folder, variant, seed) and state.is_file():
+            logs[variant] = json.loads(state.read_text())["log_history"]
+            targets[variant] = target[0] if isinstance(target, list) else target
+    return logs, targets

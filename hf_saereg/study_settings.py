@@ -1,0 +1,95 @@
+"""What a study's variants are: family of the regularizer, curve, weight, FLOPs a token.
+
+Notable:
+- variants that differ only in one of splice_weight, reconstruction_weight and target_l0 are one
+  curve; with a spliced loss its weight comes first
+- FLOPs a token are 6 times the parameters of the language model and, dense, of the heads (forward
+  2, backward 4); a spliced loss passes through both once more; attention's products over the
+  context, and what a sparse kernel saves, are not counted
+"""
+
+import json
+from typing import Any
+
+import torch
+
+from hf_saereg.character import OPTION_CLASSES
+from hf_saereg.corpora import character_tokenizer
+from hf_saereg.heads import make_head
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.options import as_record, as_words, parse_options
+from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study
+
+KNOBS = ("splice_weight", "reconstruction_weight", "target_l0")
+# what changes nothing of a model's training
+BESIDE = ("fresh_", "logging_", "save_", "fidelity_", "output_dir", "seed", "run_name", "eval_")
+
+
+def settings_of(study: Study) -> dict[str, dict[str, Any]]:
+    """By variant: `model`, `family`, `control`, `flops_per_token`, `curve`, `knob`, `weight`.
+
+    Raises:
+        UserError: if the options of a variant cannot be used.
+    """
+    described = {name: _described(study, name) for name in study.variants}
+    open_ = [name for name, own in described.items() if own["model"] == REGULARIZED]
+    for knob in KNOBS:
+        groups: dict[str, list[str]] = {}
+        for name in open_:
+            own = described[name]["options"]
+            if knob != "splice_weight" or own[knob] > 0:
+                rest = {option: value for option, value in own.items() if option != knob}
+                groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(name)
+        for names in groups.values():
+            if len(names) > 1:
+                _join(described, names, knob)
+                open_ = [name for name in open_ if name not in names]
+    for own in described.values():
+        del own["options"]
+    return described
+
+
+def _described(study: Study, variant: str) -> dict[str, Any]:
+    options = dict(study.variants[variant])
+    model, timed = options.pop("model", REGULARIZED), options.pop(TRAIN_SECONDS_OF, None)
+    parsed = parse_options(
+        *OPTION_CLASSES, arguments=["--config", str(study.base), *as_words(options)]
+    )
+    _arguments, heads, term, _twin, corpus, shape, _fresh = parsed
+    config = shape.config(corpus.block_size, character_tokenizer(corpus.block_size))
+    with torch.device("meta"):
+        language = sum(p.numel() for p in SAERegGPT2LMHeadModel(config).parameters())
+        sizes = [
+            sum(p.numel() for p in make_head(head).parameters())
+            for head in (heads.head_configs(config) if model == REGULARIZED else ())
+        ]
+    share = term.token_fraction * (term.sites_per_step or len(sizes)) / max(len(sizes), 1)
+    spliced = (language + sum(sizes)) if sizes and term.splice_weight else 0
+    record = as_record(parsed)
+    own = {o: v for o, v in record.items() if not o.startswith(BESIDE)}
+    control = "untrained" if model == UNTRAINED else "same time" if timed else None
+    return {
+        "model": model,
+        "family": heads.architecture if model == REGULARIZED else "none",
+        "control": control,
+        "flops_per_token": 0
+        if model == UNTRAINED
+        else 6 * (language + share * sum(sizes) + spliced),
+        "curve": variant,
+        "knob": None,
+        "weight": None,
+        "options": own,
+    }
+
+
+def _join(described: dict[str, dict[str, Any]], names: list[str], knob: str) -> None:
+    first = described[names[0]]
+    label = f"{first['family']}, {first['options']['normalization']}"
+    if first["options"]["splice_weight"]:
+        label += " + spliced"
+    taken = {own["curve"] for own in described.values()}
+    label = label if label not in taken else f"{label} ({names[0]})"
+    for name in names:
+        value = described[name]["options"][knob]
+        weight = value[0] if isinstance(value, list) else value
+        described[name] |= {"curve": label, "knob": knob, "weight": weight}
