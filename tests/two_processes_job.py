@@ -71,7 +71,7 @@ def train(model, folder, resume=None, **options):
 
     ours.training_step = watched
     ours.train(resume_from_checkpoint=resume)
-    described = folder / f"described_by_{args.process_index}"
+    described = folder.parent / "described" / f"{folder.name}_by_{args.process_index}"
     described.mkdir(parents=True, exist_ok=True)
     ours.describe(described)
     return {
