@@ -170,11 +170,11 @@ def transplant(study: Study, variant: str, seed: int, folder: Path) -> bool:
     if variant == study.baseline or not finished or not _are_models(donor, target):
         return False
     job = StudyCell.prepare(study, variant, seed, folder).job
-    heads = SAERegGPT2LMHeadModel.from_pretrained(donor).eval().heads
-    model = SAERegGPT2LMHeadModel.from_pretrained(target).eval()
+    model = SAERegGPT2LMHeadModel.from_pretrained(target)
     model.load_heads(donor)
+    model.eval()
     batches = fidelity_batches(job.blocks["validation"], job.fresh.fidelity_blocks, model.config)
-    scores = fidelity(model, heads, batches, baselines(model, batches))
+    scores = fidelity(model, model.heads, batches, baselines(model, batches))
     rows = [
         {"site": name, **effect.figures(), **statistics.figures()}
         for name, (effect, statistics) in scores.sites.items()

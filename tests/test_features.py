@@ -6,9 +6,9 @@ from html import unescape
 import pytest
 import torch
 from pages import assert_self_contained, assert_shown, elements_of, needs_browser
+from saereg_command import saereg
 from tiny_checkpoint import save_stock_model, write_text
 
-from hf_saereg import cli
 from hf_saereg.corpora import character_tokenizer
 from hf_saereg.features import (
     Context,
@@ -201,17 +201,14 @@ def given(tmp_path_factory):
     return folder
 
 
-def saereg(given, output_dir, models=("one",), **changes):
+def features(given, output_dir, models=("one",), **changes):
     options = {"hook_name": SITE, "dataset": given / "text.txt", "blocks": 6, "contexts": 2}
     options |= {"window": 4, "use_cpu": "true", "output_dir": output_dir} | changes
     words = ["features", *(str(given / name) for name in models)]
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
-    try:
-        cli.main(words)
-    except SystemExit as end:
-        return str(end.code)
+    return saereg(*words)
 
 
 def text_of(page):
@@ -222,14 +219,14 @@ def text_of(page):
 @pytest.fixture(scope="module")
 def page(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    assert saereg(given, folder) is None
+    assert features(given, folder) is None
     return folder / "index.html"
 
 
 @pytest.fixture(scope="module")
 def pair(given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    assert saereg(given, folder, ["one", "two"]) is None
+    assert features(given, folder, ["one", "two"]) is None
     return folder / "index.html"
 
 
@@ -267,7 +264,7 @@ def test_browser_shows_the_page_without_an_error(which, request, tmp_path):
 
 
 def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
-    assert saereg(given, tmp_path, saes=[given / "cell"], max_features=3) is None
+    assert features(given, tmp_path, saes=[given / "cell"], max_features=3) is None
     text = text_of(tmp_path / "index.html")
     assert "a topk head with 10 latents" in text and "3 features shown" in text
 
@@ -287,10 +284,10 @@ def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
 def test_what_cannot_be_shown_is_refused_in_one_sentence(
     given, tmp_path, models, changes, sentence
 ):
-    found = saereg(given, tmp_path / "out", models, **changes)
+    found = features(given, tmp_path / "out", models, **changes)
     assert sentence in found and "\n" not in found
     assert not (tmp_path / "out").exists()
 
 
 def test_a_head_of_another_width_is_refused(given, tmp_path):
-    assert "reads 8 dimensions" in saereg(given, tmp_path, saes=[given / "narrow"])
+    assert "reads 8 dimensions" in features(given, tmp_path, saes=[given / "narrow"])

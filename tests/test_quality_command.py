@@ -4,16 +4,8 @@ import json
 
 import pytest
 from pages import assert_self_contained, assert_shown, elements_of, needs_browser
+from saereg_command import saereg
 from tiny_checkpoint import SITES, save_stock_model, write_text
-
-from hf_saereg import cli
-
-
-def saereg(*words):
-    try:
-        cli.main([str(word) for word in words])
-    except SystemExit as end:
-        return str(end.code)
 
 
 @pytest.fixture(scope="module")

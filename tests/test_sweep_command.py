@@ -13,6 +13,7 @@ from importlib import import_module
 import pytest
 import torch
 from launching import REPOSITORY, launch_two
+from saereg_command import saereg
 from safetensors.torch import load_file
 from tiny_checkpoint import SITES, save_stock_model, write_text
 
@@ -60,14 +61,6 @@ def words(given, output_dir, **changes):
         for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
     ]
     return ["sweep", str(changes.pop("model", given / "model")), *flags]
-
-
-def saereg(*words):
-    """The command, in this process; its one sentence where it ends in an error."""
-    try:
-        cli.main([str(word) for word in words])
-    except SystemExit as end:
-        return str(end.code)
 
 
 @pytest.fixture(scope="module")
