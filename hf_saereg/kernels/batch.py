@@ -3,8 +3,10 @@
 Notable:
 - the encoder product is taken in chunks, and only candidates outlive a chunk: no
   (tokens, d_sae) array ever exists; the kernels then take the product a second time
+- numpy's selection is 5 to 10 times faster on a CPU than torch's `topk` and `kthvalue`
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,14 @@ def batch_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> Tens
         pre = encode(rows, W_enc, b_enc, Above()).pre.flatten()  # (tokens of the chunk * d_sae,)
         candidates = torch.cat([candidates, pre[pre > threshold]])
         if len(candidates) > count:
-            candidates = candidates.topk(count + 1).values
-            threshold = candidates[-1]
-    return candidates[-2:].mean() if threshold > -torch.inf else threshold
+            candidates = _largest(candidates, count + 1)
+            threshold = candidates[0]
+    return candidates[:2].mean() if threshold > -torch.inf else threshold
+
+
+def _largest(values: Tensor, number: int) -> Tensor:
+    """The `number` largest, at least 2, of which the two smallest come first, in order."""
+    if values.device.type != "cpu":
+        return values.topk(number).values.flip(0)
+    first = len(values) - number
+    return torch.from_numpy(np.partition(values.numpy(), (first, first + 1))[first:])
