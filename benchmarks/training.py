@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from benchmarks.paths import adamw, run_path
 from benchmarks.shapes import Shape
 from hf_saereg.heads import SAEHead, SAEHeadConfig, make_head
+from hf_saereg.kernels import batch_threshold
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 STAGES = {"early": 0.01, "midway": 0.04, "late": 1.0}  # after which part of the steps
@@ -68,7 +69,10 @@ def drive(head: SAEHead, l0: float, target: float) -> None:
 
 
 def fitted_head(x: Tensor, d_sae: int, target_l0: float, steps: int = 100) -> SAEHead:
-    """A standard head trained on given activations until its L0 is about the target.
+    """A standard head trained on given activations, whose L0 on them is the target.
+
+    Training leaves it near the target, more or less so by its size; one shift of all biases does
+    the rest, so that heads of different sizes are compared at the same L0.
 
     Args:
         x: (tokens, d_in), detached.
@@ -86,6 +90,9 @@ def fitted_head(x: Tensor, d_sae: int, target_l0: float, steps: int = 100) -> SA
         (losses.reconstruction + losses.sparsity).backward()
         optimizer.step()
         drive(head, losses.statistics.l0, target_l0)
+    with torch.no_grad():
+        centred, active = x - head.b_dec, round(target_l0 * len(x))
+        head.b_enc -= batch_threshold(centred, head.W_enc, head.b_enc, active)
     return head
 
 

@@ -10,6 +10,7 @@ from benchmarks import cheap, step
 from benchmarks.naive import naive
 from benchmarks.paths import path_names
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.training import fitted_head
 from hf_saereg.heads import SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -44,6 +45,13 @@ def test_doubling_is_compared_with_what_the_product_alone_adds():
         {"d_sae": 4, "seconds": {"sparse": 6.0, "dense": 13.0, "product": 4.0}},
     ]
     assert step.cost_of_doubling(points) == {"sparse": 1.5, "dense": 4.0}
+
+
+@pytest.mark.parametrize("d_sae", [256, 512])
+def test_fitted_heads_of_every_size_have_the_same_l0(d_sae):
+    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    head = fitted_head(x, d_sae, 15.0, steps=20)
+    assert head.losses(x).statistics.l0 == pytest.approx(15.0, abs=0.01)
 
 
 @pytest.mark.slow
