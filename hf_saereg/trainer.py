@@ -448,8 +448,9 @@ class SAERegTrainer(PublishingTrainer):
         """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
 
         `train_ce` is over as many training blocks, from the start of the text, as there are
-        validation blocks; `base_ce` and `kl_to_base` are there with `eval_base` or an anchor. Every
-        process must call it.
+        validation blocks; `base_ce` and `kl_to_base` are there with `eval_base` or an anchor;
+        `parameters` are the language model's, `trained_parameters` those that the mode trains, heads
+        and adapters among them. Every process must call it.
         """
         head_of_train = first_rows(self.train_dataset, len(self.eval_dataset))
         eval_metrics = self.evaluate()
@@ -468,6 +469,9 @@ class SAERegTrainer(PublishingTrainer):
             "train_seconds": self.train_seconds,
             "steps": self.state.global_step,
             "parameters": sum(p.numel() for p in self.model.plain_view().parameters()),
+            "trained_parameters": sum(
+                p.numel() for p in self.model.parameters() if p.requires_grad
+            ),
         }
 
     # ---- checkpoints ----

@@ -58,7 +58,8 @@ def words(**options):
 
 
 STEPS = {
-    **{"max_steps": 4, "warmup_steps": 0, "logging_steps": 2, "eval_steps": 2, "save_steps": 2},
+    **{"max_steps": 4, "warmup_steps": 0, "logging_steps": 2, "save_steps": 2},
+    **{"eval_strategy": "steps", "eval_steps": 2},
     **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
     **{"gradient_accumulation_steps": 1, "use_cpu": "true", "report_to": "none"},
     **{"disable_tqdm": "true"},
