@@ -449,8 +449,8 @@ class SAERegTrainer(PublishingTrainer):
 
         `train_ce` is over as many training blocks, from the start of the text, as there are
         validation blocks; `base_ce` and `kl_to_base` are there with `eval_base` or an anchor;
-        `parameters` are the language model's, `trained_parameters` those that the mode trains, heads
-        and adapters among them. Every process must call it.
+        `parameters` are the language model's, `trained_parameters` what the mode trains, heads and
+        adapters among them. Every process must call it.
         """
         head_of_train = first_rows(self.train_dataset, len(self.eval_dataset))
         eval_metrics = self.evaluate()
