@@ -53,6 +53,12 @@ COMMANDS = {
         "RUN… --output_dir OUT",
         "write what runs found as a page to open",
     ),
+    "table": Command(
+        "hf_saereg.commands.table",
+        ("runs",),
+        "RUN…",
+        "print what fine-tunings led to, and what fresh SAEs cost there, a line a run",
+    ),
     "compare": Command(
         "hf_saereg.commands.compare",
         ("study",),
