@@ -1,6 +1,7 @@
 """`saereg table`: fine-tunings side by side, by hand and those that the README shows."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,23 @@ def test_a_line_a_run_with_what_fresh_saes_cost_at_equal_l0(tmp_path, capsys):
     ]
 
 
+def test_a_run_without_a_family_and_runs_without_an_l0_in_common_have_no_cost(tmp_path, capsys):
+    first, second = make_sweep(at={10: (0.4, 0.6)}), make_sweep(at={40: (0.2, 0.4)})
+    gated = make_sweep(at={10: (0.7, 0.7)})["compound"]
+    first["compound"] += [line | {"family": "gated"} for line in gated]
+    runs = [
+        make_run(tmp_path / name, "joint", 4.5, own)
+        for name, own in (("first", first), ("second", second))
+    ]
+    assert saereg("table", *runs) is None
+    head, _, *lines = table_of(capsys.readouterr().out)
+    assert head[7:9] == [
+        "fresh topk, d_sae 64, Σ L0 none shared",
+        "fresh gated, d_sae 64, Σ L0 20",
+    ]
+    assert [line[7:9] for line in lines] == [["–", "0.700"], ["–", "–"]]
+
+
 def test_runs_without_sweeps_have_no_column_of_fresh_saes(tmp_path, capsys):
     assert saereg("table", make_run(tmp_path / "plain", "plain", 4.5)) is None
     head, _, line = table_of(capsys.readouterr().out)
@@ -76,7 +94,9 @@ def test_what_cannot_stand_side_by_side_is_one_sentence(tmp_path, own, sentence)
 
 
 def test_the_table_of_the_readme_is_that_of_the_kept_results(capsys):
-    names = ["heads", "plain", "joint_0.02", "joint", "joint_0.5", "lora", "lora_frozen_heads"]
-    folders = [RESULTS / f"gpt2_base_{name}" for name in names]
-    assert saereg("table", *(folder for folder in folders if folder.is_dir())) is None
-    assert capsys.readouterr().out in (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text()
+    shown = re.findall(r"^\| `(gpt2_base_\w+[\w.]*)` \| `", readme, re.MULTILINE)
+    kept = {path.name for path in RESULTS.iterdir()} - {"gpt2_base"}  # what they start from
+    assert sorted(shown) == sorted(kept)
+    assert saereg("table", *(RESULTS / name for name in shown)) is None
+    assert capsys.readouterr().out in readme

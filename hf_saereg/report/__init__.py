@@ -2,6 +2,7 @@
 
     results.json -> results -> verdict -> findings -> page <- figures        of a comparison
     results.json… -> swept -> swept_page <- swept_figures                    of any models
+    run.json, results.json -> tuned                                          of fine-tunings
 
 What is notable:
 

@@ -173,13 +173,10 @@ def _fresh_columns(swept: Sequence[SweptModel]) -> dict[str, list[str]]:
         points = compare(swept, variant)
         chosen = points[:: max(1, len(points) // 2)]  # the ends and the middle
         l0s = _joined(l0_text(point.l0) for point in chosen) or "none shared"
+        of_models = zip(*(point.ce_increase for point in chosen), strict=True)
         columns[f"fresh {variant.label}, Σ L0 {l0s}"] = [
-            _joined(
-                MISSING if point.ce_increase[i] is None else signed(point.ce_increase[i])
-                for point in chosen
-            )
-            for i in range(len(swept))
-        ]
+            MISSING if None in costs else _joined(map(signed, costs)) for costs in of_models
+        ] or [MISSING] * len(swept)
     return columns
 
 
