@@ -223,7 +223,7 @@ def test_a_gain_that_the_control_of_the_same_time_has_too_is_none():
 @pytest.mark.parametrize(
     "factors, said",
     [
-        ({"light": 2, "heavy": 3}, "a loss"),
+        ({"light": 2, "heavy": 3}, "no gain ("),
         ({"seeds": (0,)}, "one seed"),
         ({"light": 0.99, "heavy": 0.98}, "does not exclude zero"),
     ],

@@ -79,8 +79,8 @@ def write_study_page(
         doubted=doubted(found.sites),
         doubted_site=DOUBTED_SITE,
         flagged=[movement for movement in found.movements if movement.is_flagged],
-        interval=lambda interval: "–" if interval is None else interval_text(interval),
-        ratio=lambda interval: "" if interval is None else f"× {math.exp(interval.mean):.2f}",
+        interval=lambda found, digits=3: "–" if found is None else interval_text(found, digits),
+        ratio=lambda found: "–" if found is None else f"× {math.exp(found.mean):.2f}",
         has_l0=(output_dir / "l0.png").is_file(),
     )
     page.write_text(html, encoding="utf-8")

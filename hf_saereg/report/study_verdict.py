@@ -23,8 +23,9 @@ RULE = (
     "Gain: minus ln(variant / plain) of the compound CE increase of fresh SAEs at the stated "
     f"{SUM_L0}, averaged over their families. Cost: the rise of the validation CE, counted as at "
     f"least {EQUAL_GAP} nats, by which seeds differ anyway. Recommended is the largest gain per "
-    "cost among the variants whose gain has a 95\N{NO-BREAK SPACE}% interval above zero and is no "
-    "control's too."
+    "cost among the variants whose gain has a 95\N{NO-BREAK SPACE}% interval above zero and is "
+    "shown by no control too. A control shows it too where its CE is no higher by more than "
+    f"{EQUAL_GAP} nats and the interval of the variant's gain minus its own is not above zero."
 )
 SAME_TIME, UNTRAINED = "same time", "untrained"
 EXPLAINED = {
@@ -151,7 +152,7 @@ def _refusal(gain: Interval | None) -> str | None:
         return "one seed, which has no interval"
     if gain.is_above_zero:
         return None
-    return "a loss" if gain.high < 0 else "a gain whose interval does not exclude zero"
+    return "no gain" if gain.mean <= 0 else "a gain whose interval does not exclude zero"
 
 
 def _held_by_control(
