@@ -266,6 +266,7 @@ def test_the_page_has_the_verdict_first(page):
     html = page.read_text("utf-8")
     main = html.partition('<main id="main"')[2]
     assert main.index("Recommended: reconstruction_weight 1") < main.index("<nav")
+    assert "Not drawn: “untrained”, at a CE of 5.800" in html
     for said in ("“heavy” at seed 7", "0.750", "not run", "6 wins", "saereg compare &#39;a b&#39;"):
         assert said in html
     assert "One seed" not in html and "Not settled" not in html

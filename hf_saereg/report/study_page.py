@@ -57,11 +57,11 @@ def write_study_page(
     from hf_saereg.report.events import Drawn
     from hf_saereg.report.trade_off import TradeOff, draw_trade_off, drawn_families
 
-    drawn = drawn_families(found.measured)
-    figures, words = {}, {}
+    shown = TradeOff(found.measured, settings)
+    drawn, figures, words = drawn_families(shown), {}, {}
     if drawn:
-        figures["trade_off"] = Drawn(draw_trade_off, TradeOff(found.measured, settings))
-        words["trade_off"] = trade_off_caption(found, drawn)
+        figures["trade_off"] = Drawn(draw_trade_off, shown)
+        words["trade_off"] = trade_off_caption(found, drawn, shown.variants)
     pictures = draw_pictures(figures, words, output_dir / "figures")
     page = output_dir / "index.html"
     html = render_template(
@@ -92,20 +92,29 @@ def doubted(sites: Sequence[SiteChange]) -> list[SiteChange]:
     return [change for change in sites if change.site == DOUBTED_SITE]
 
 
-def trade_off_caption(found: StudyFindings, drawn: Sequence[str]) -> Caption:
+def trade_off_caption(
+    found: StudyFindings, drawn: Sequence[str], variants: Sequence[str]
+) -> Caption:
     """The words of the figure, from the numbers that it draws.
 
     Args:
         found: all that is said.
         drawn: families with a panel.
+        variants: that are drawn.
     """
     points = [
         f"{cell.variant}, fresh {cell.fresh}: CE {_mean_ce(found, cell.variant):.3f}, "
         f"increase {signed(cell.ce_increase)}"
         for cell in found.matrix
-        if cell.fresh in drawn and cell.ce_increase is not None
+        if cell.fresh in drawn and cell.variant in variants and cell.ce_increase is not None
     ]
-    several = any(len(found.measured.seeds(name)) > 1 for name in found.measured.variants)
+    several = any(len(found.measured.seeds(name)) > 1 for name in variants)
+    left_out = [
+        f"“{name}”, at a CE of {_mean_ce(found, name):.3f}"
+        for name in found.measured.variants
+        if name not in variants
+    ]
+    absent = f" Not drawn: {listed(left_out)}." if left_out else ""
     bars = (
         " Small points are seeds; bars are 95\N{NO-BREAK SPACE}% intervals of the difference from "
         "the baseline and may leave the panel."
@@ -115,7 +124,7 @@ def trade_off_caption(found: StudyFindings, drawn: Sequence[str]) -> Caption:
     return Caption(
         "What a variant costs against what it buys",
         "Lower left is better; a line joins the weights of one regularizer, which stand beside its "
-        f"points.{bars}",
+        f"points.{bars}{absent}",
         f"A panel a family of fresh SAEs, {listed(drawn)}, with the compound CE increase at the "
         f"stated {SUM_L0} over the validation CE. {'. '.join(points)}.",
     )

@@ -4,6 +4,7 @@ Notable:
 - a panel a family of fresh SAEs, at its stated Σ L0; nearer to the lower left is better
 - bars are the 95 % intervals of the paired differences from the baseline, put at the baseline's
   mean; those of two seeds are long, and the panels show what the points need
+- an untrained model is left out: its CE is so high that all others would stand on one line
 """
 
 import math
@@ -20,6 +21,7 @@ from hf_saereg.report.canvas import MARKERS, Style, settings
 from hf_saereg.report.findings import SUM_L0, l0_text
 from hf_saereg.report.study_curves import MeasuredStudy
 from hf_saereg.report.study_statistics import Interval, compound_change
+from hf_saereg.report.study_verdict import UNTRAINED
 
 MARGIN = 0.12  # of a panel, around its points
 LABEL_WIDTH = 38  # characters of a legend's entry
@@ -35,6 +37,11 @@ class TradeOff(NamedTuple):
 
     study: MeasuredStudy
     settings: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def variants(self) -> list[str]:
+        """Finished ones that were trained."""
+        return [name for name in self.study.variants if self.settings[name]["control"] != UNTRAINED]
 
 
 class Place(NamedTuple):
@@ -55,20 +62,21 @@ class Place(NamedTuple):
     upwards: tuple[float, float] | None
 
 
-def drawn_families(study: MeasuredStudy) -> list[str]:
+def drawn_families(shown: TradeOff) -> list[str]:
     """Fresh families with a variant beside the baseline that can be drawn."""
-    return [fresh for fresh in study.compound if len(places(study, fresh)) > 1]
+    return [fresh for fresh in shown.study.compound if len(places(shown, fresh)) > 1]
 
 
-def places(study: MeasuredStudy, fresh: str) -> list[Place]:
+def places(shown: TradeOff, fresh: str) -> list[Place]:
     """Every variant whose seeds all reached the stated Σ L0 at a positive CE increase.
 
     Args:
-        study: its measurements.
+        shown: what is drawn.
         fresh: family of the fresh SAEs.
     """
+    study = shown.study
     l0, found = study.sum_l0[fresh], []
-    for variant in study.variants:
+    for variant in shown.variants:
         curves = study.compound[fresh].get(variant, {})
         if l0 is None or not curves or not all(curve.reaches(l0) for curve in curves.values()):
             continue
@@ -84,8 +92,8 @@ def places(study: MeasuredStudy, fresh: str) -> list[Place]:
 
 def draw_trade_off(shown: TradeOff, style: Style) -> Figure:
     """Draw a panel per fresh family, one colour and line per curve of weights."""
-    families = drawn_families(shown.study)
-    curves = list(dict.fromkeys(shown.settings[name]["curve"] for name in shown.study.variants))
+    families = drawn_families(shown)
+    curves = list(dict.fromkeys(shown.settings[name]["curve"] for name in shown.variants))
     # colours repeat after six, and then with other markers
     looks = {
         curve: (i, MARKERS[(i + i // len(MARKERS)) % len(MARKERS)])
@@ -121,7 +129,7 @@ def _draw_panel(
     looks: Mapping[str, tuple[int, str]],
     style: Style,
 ) -> None:
-    found = places(shown.study, fresh)
+    found = places(shown, fresh)
     for curve, (i, marker) in looks.items():
         own = [place for place in found if shown.settings[place.variant]["curve"] == curve]
         own.sort(key=lambda place: shown.settings[place.variant]["weight"] or 0)
