@@ -220,6 +220,18 @@ def test_a_gain_that_the_control_of_the_same_time_has_too_is_none():
     assert "“light” is no gain" in found.controls["as long"]
 
 
+def test_a_gain_that_few_seeds_cannot_tell_from_the_controls_is_not_recommended():
+    settings = {name: own for name, own in SETTINGS.items() if name != "untrained"}
+    cells = [
+        *(cell("plain", seed, 2.0, 0.4) for seed in SEEDS),
+        *(cell("light", seed, 2.0, 0.2) for seed in SEEDS),
+        *(cell("as long", seed, 2.0, 0.4 * f) for seed, f in zip(SEEDS, (2, 0.3, 1), strict=True)),
+    ]
+    found = recommend(MeasuredStudy.of(cells, "plain"), settings)
+    assert found.variant is None and "cannot be told from the control" in found.sentence
+    assert "“light” cannot be told from it" in found.controls["as long"]
+
+
 @pytest.mark.parametrize(
     "factors, said",
     [

@@ -4,8 +4,9 @@ Notable:
 - gain: −ln(variant / baseline) of the compound CE increase at the stated Σ L0, averaged over the
   fresh families that every variant was read by; cost: the rise of the validation CE, at least
   `EQUAL_GAP`, by which seeds differ anyway
-- a control has a gain too where it is no dearer than the variant, and the variant's gain is not
-  above the control's by an interval that excludes zero; such a gain is called none
+- a control has a gain too where it is no dearer than the variant, the variant's gain is not above
+  the control's by an interval that excludes zero, and the control's is no smaller or above zero
+  itself; such a gain is called none
 - an untrained model has next to nothing to lose, so that its CE increase is small: the price in CE
   is what tells it from a gain
 """
@@ -13,6 +14,7 @@ Notable:
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from hf_saereg.report.findings import EQUAL_GAP, SUM_L0, l0_text, listed, signed
@@ -23,15 +25,25 @@ RULE = (
     "Gain: minus ln(variant / plain) of the compound CE increase of fresh SAEs at the stated "
     f"{SUM_L0}, averaged over their families. Cost: the rise of the validation CE, counted as at "
     f"least {EQUAL_GAP} nats, by which seeds differ anyway. Recommended is the largest gain per "
-    "cost among the variants whose gain has a 95\N{NO-BREAK SPACE}% interval above zero and is "
-    "shown by no control too. A control shows it too where its CE is no higher by more than "
-    f"{EQUAL_GAP} nats and the interval of the variant's gain minus its own is not above zero."
+    "cost among the regularized variants whose gain has a 95\N{NO-BREAK SPACE}% interval above "
+    "zero and is beyond that of every control that is no dearer, its CE no higher by more than "
+    f"{EQUAL_GAP} nats: the interval of the difference must be above zero. A gain that such a "
+    "control shows too is called no gain."
 )
-SAME_TIME, UNTRAINED = "same time", "untrained"
+REGULARIZED, SAME_TIME, UNTRAINED = "regularized", "same time", "untrained"
 EXPLAINED = {
     SAME_TIME: "the plain model trained for as long as a regularized one",
     UNTRAINED: "the model as it was initialised",
 }
+
+
+class Beside(StrEnum):
+    """How a variant's gain stands beside a control."""
+
+    CHEAPER = "it shows no gain at the price of {}"
+    BEYOND = "the gain of {} is beyond it"
+    SHARED = "the gain of {} is no gain, as the control has it too"
+    UNCLEAR = "the gain of {} cannot be told from it"
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,10 @@ def recommend(study: MeasuredStudy, settings: Mapping[str, Mapping[str, Any]]) -
         cost = max(rise, EQUAL_GAP)
         refusal = None
         if name not in controls:
-            refusal = _refusal(gain) or _held_by_control(study, name, controls, by_seed)
+            refusal = (
+                "not regularized" if settings[name]["model"] != REGULARIZED else _refusal(gain)
+            )
+            refusal = refusal or _held_by_control(study, name, controls, by_seed)
         ratio = gain.mean / cost if gain else None
         gains.append(Gain(name, controls.get(name), gain, rise, cost, ratio, refusal))
     variants = [own for own in gains if own.control is None]
@@ -161,25 +176,28 @@ def _held_by_control(
     for control in controls:
         if control not in study.variants:
             return f"the control “{control}” is not finished"
-        beats = _beats(study, name, control, by_seed)
-        if beats is None:
-            return f"the control “{control}” cannot be compared with"
-        if not beats:
+        beside = _beside(study, name, control, by_seed)
+        if beside is Beside.SHARED:
             return f"no gain: the control “{control}” has it too"
+        if beside is Beside.UNCLEAR:
+            return f"a gain that cannot be told from the control “{control}”"
     return None
 
 
-def _beats(
+def _beside(
     study: MeasuredStudy, name: str, control: str, by_seed: Mapping[str, dict[int, float]]
-) -> bool | None:
-    """Whether a gain is none that a control has too; None where that cannot be told."""
+) -> Beside:
     if _is_cheaper(study, name, control):
-        return True
+        return Beside.CHEAPER
     mine, other = by_seed[name], by_seed[control]
     differences = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
     if len(differences) < 2:
-        return None
-    return Interval.of(differences).is_above_zero
+        return Beside.UNCLEAR
+    difference = Interval.of(differences)
+    if difference.is_above_zero:
+        return Beside.BEYOND
+    shared = difference.mean <= 0 or Interval.of(other).is_above_zero
+    return Beside.SHARED if shared else Beside.UNCLEAR
 
 
 def _is_cheaper(study: MeasuredStudy, name: str, control: str) -> bool:
@@ -226,24 +244,12 @@ def _control_sentence(
         seen = f"cannot be read at the stated {SUM_L0}, at {signed(own.ce_rise)} nats of CE"
     else:
         seen = f"has a gain of {interval_text(own.gain, 2)} for {signed(own.ce_rise)} nats of CE"
-    told = {
-        gain.variant: _beats(study, gain.variant, control, by_seed)
-        for gain in gains
-        if gain.control is None and gain.gain is not None and gain.gain.mean > 0
-    }
-    held = [f"“{name}”" for name, beats in told.items() if beats is False]
-    open_ = [f"“{name}”" for name, beats in told.items() if beats is None]
-    parts = []
-    if held:
-        parts.append(f"the gain of {listed(held)} is no gain, as the control has it too")
-    if open_:
-        parts.append(f"{listed(open_)} cannot be told from it with so few seeds")
-    cheaper = [name for name, beats in told.items() if beats and _is_cheaper(study, name, control)]
-    beyond = [name for name, beats in told.items() if beats and name not in cheaper]
-    if cheaper:
-        parts.append(f"it shows no gain at the price of {listed(f'“{name}”' for name in cheaper)}")
-    if beyond:
-        parts.append(f"the gain of {listed(f'“{name}”' for name in beyond)} is beyond it")
+    told: dict[Beside, list[str]] = {}
+    for gain in gains:
+        if gain.control is None and gain.gain is not None and gain.gain.mean > 0:
+            beside = _beside(study, gain.variant, control, by_seed)
+            told.setdefault(beside, []).append(f"“{gain.variant}”")
+    parts = [beside.value.format(listed(told[beside])) for beside in Beside if beside in told]
     return f"{head}, {seen}: {'; '.join(parts) or 'no variant has a gain to compare with it'}."
 
 
