@@ -87,7 +87,8 @@ def select_above(
     Args:
         start: first token of this part.
         stop: token after the last one.
-        product: (tokens, d_sae), what the encoder product holds; uint16 stands for bfloat16.
+        product: (tokens, d_sae or more), what the encoder product holds; uint16 stands for
+            bfloat16.
         bias: (d_sae,), added to each row of the product.
         thresholds: (d_sae,).
         pre: (tokens * d_sae,), written from `start * d_sae` on.
