@@ -17,7 +17,7 @@ from benchmarks.naive import compiled_losses, naive
 from hf_saereg import kernels
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.kernels.chunks import chunk_size
-from hf_saereg.kernels.product import PADDING, multiply, panels
+from hf_saereg.kernels.product import PADDING, multiply
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SAERegOutput
 
 PRECISIONS = ("float32", "term_bfloat16", "bfloat16")  # autocast: of nothing, the heads, everything
@@ -103,9 +103,9 @@ def product(x: Tensor, W_enc: Tensor, precision: str) -> None:
     d_sae = W_enc.shape[1]
     pieces = x.split(chunk_size(x, d_sae))
     if x.device.type == "cpu" and precision == "float32":
-        columns, out = panels(W_enc), x.new_empty(len(pieces[0]), d_sae + PADDING)
+        out = x.new_empty(len(pieces[0]), d_sae + PADDING)
         for rows in pieces:
-            multiply(rows, columns, out=out[: len(rows)])
+            multiply(rows, W_enc, out=out[: len(rows)])
         return
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     W = W_enc.to(dtype)

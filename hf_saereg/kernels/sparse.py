@@ -27,7 +27,7 @@ from hf_saereg.kernels import sparse_loops as loops
 from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 from hf_saereg.kernels.dense import rounded_bias
-from hf_saereg.kernels.product import PADDING, multiply, panels
+from hf_saereg.kernels.product import PADDING, multiply
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -137,7 +137,6 @@ def _selected(
     in_full = rounded is b_enc  # not rounded: then the loop adds the bias, a pass less
     bias = _array(b_enc if in_full else b_enc - rounded)
     rows, W = x.to(rounded.dtype), W_enc.to(rounded.dtype)
-    columns = panels(W) if in_full else []
     row_length = d_sae + PADDING if in_full else d_sae
 
     chunk = max(1, min(tokens, chunk_size(x, d_sae)))
@@ -151,7 +150,7 @@ def _selected(
         some_rows = rows[first : first + chunk]
         product = buffer[: len(some_rows)]
         if in_full:
-            multiply(some_rows, columns, out=product)
+            multiply(some_rows, W, out=product)
         else:
             torch.addmm(rounded, some_rows, W, out=product)
         parts = _even(len(product))
