@@ -144,7 +144,10 @@ def checkpoints(shape: Shape, folder: Path) -> dict[str, Path]:
     if not finished.is_file():
         losses, shifted = [], []
         steps = shape.training_steps
-        ends = {max(1, round(part * steps)): stage for stage, part in STAGES.items()}
+        ends = {
+            max(earliest, round(part * steps)): stage
+            for earliest, (stage, part) in enumerate(STAGES.items(), 1)
+        }
         for model, loss in training_run(shape, "auto", steps, shape.training_tokens):
             losses.append(loss)
             stage = ends.get(len(losses))
