@@ -27,6 +27,7 @@ from hf_saereg.kernels import sparse_loops as loops
 from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 from hf_saereg.kernels.dense import rounded_bias
+from hf_saereg.kernels.product import PADDING, multiply
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -170,18 +171,24 @@ def _selected_of_one(
         threshold = torch.as_tensor(selection.threshold, dtype=x.dtype)
         loop, limit = loops.select_above, _array(threshold.expand(d_sae))
     rounded = rounded_bias(x, b_enc)
-    bias = _array(b_enc - rounded)  # what the product does not add
+    in_full = rounded is b_enc  # not rounded: then the loop adds the bias, a pass less
+    bias = _array(b_enc if in_full else b_enc - rounded)
     rows, W = x.to(rounded.dtype), W_enc.to(rounded.dtype)
+    row_length = d_sae + PADDING if in_full else d_sae
 
     chunk = max(1, min(tokens, chunk_size(x, d_sae)))
     # Room for every latent of a chunk; the system provides only the pages that are written.
     pre = _scratch("pre", chunk * d_sae, x.dtype)
     latents = _scratch("latents", chunk * d_sae, torch.int32)
     found_pre, found_latents = [], []
-    buffer = _scratch("product", chunk * d_sae, W.dtype).view(chunk, d_sae)
+    buffer = _scratch("product", chunk * row_length, W.dtype).view(chunk, row_length)
     for first in range(0, tokens, chunk):
         some_rows = rows[first : first + chunk]
-        product = torch.addmm(rounded, some_rows, W, out=buffer[: len(some_rows)])
+        product = buffer[: len(some_rows)]
+        if in_full:
+            multiply(some_rows, W, out=product)
+        else:
+            torch.addmm(rounded, some_rows, W, out=product)
         parts = _even(len(product))
         out = _array(pre), _array(latents), _array(counts[first:])
         for (start, _), found in zip(
