@@ -23,7 +23,8 @@ class NormCurve(NamedTuple):
 
     Attributes:
         steps: at which it was logged.
-        norms: ‖x‖₂, mean of the tokens since the log before.
+        norms: ‖x‖₂, mean of the tokens since the log before; of a plain model, of the logged
+            step's alone.
     """
 
     steps: list[int]
