@@ -5,6 +5,7 @@ from html import unescape
 
 import pytest
 import torch
+from keyboard import assert_usable_by_keys
 from pages import assert_self_contained, assert_shown, elements_of, needs_browser
 from saereg_command import saereg
 from tiny_checkpoint import save_stock_model, write_text
@@ -313,6 +314,12 @@ def test_pages_are_whole_and_load_nothing(which, request):
 @pytest.mark.parametrize("which", ["page", "pair", "decoder_pair"])
 def test_browser_shows_the_page_without_an_error(which, request, tmp_path):
     assert_shown(request.getfixturevalue(which), tmp_path, images=0)
+
+
+@needs_browser
+@pytest.mark.parametrize("which", ["page", "pair"])
+def test_pages_can_be_used_by_keys_alone(which, request, tmp_path):
+    assert_usable_by_keys(request.getfixturevalue(which), tmp_path)
 
 
 def test_heads_of_a_sweep_can_be_shown(given, tmp_path):

@@ -8,6 +8,7 @@ import sys
 from html import unescape
 
 import pytest
+from keyboard import assert_usable_by_keys
 from pages import (
     assert_headings_nest,
     assert_images_described,
@@ -424,6 +425,11 @@ def test_drawing_leaves_the_settings_of_others_alone():
 @needs_browser
 def test_browser_shows_every_image_without_an_error(page, tmp_path):
     assert_shown(page, tmp_path, images=len(FIGURES))
+
+
+@needs_browser
+def test_the_page_can_be_used_by_keys_alone(page, tmp_path):
+    assert_usable_by_keys(page, tmp_path)
 
 
 def leave_log(run, model, norms):
