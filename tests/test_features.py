@@ -202,7 +202,7 @@ def test_tokens_are_highlighted_by_strength_and_signs_stand_for_what_cannot_be_s
         ("↵", 8),
         (" ", 0),
         ("c", 1),
-        ("␀", 9),
+        ("\\x00", 9),
         ("d", 0),
     ]
 

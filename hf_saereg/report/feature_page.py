@@ -22,7 +22,7 @@ from hf_saereg.report.layout import render_template, require_extra
 
 LEVELS = 9
 SIGNS = str.maketrans(
-    {chr(code): chr(0x2400 + code) for code in range(32)} | {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
+    {chr(code): f"\\x{code:02x}" for code in (*range(32), 127)} | {"\n": "↵", "\t": "⇥"}
 )
 
 
