@@ -7,16 +7,18 @@ Notable:
 - correlation is the default: the models of a pair are trained apart, so nothing makes their streams
   share a basis, and a cosine between them says something only as far as they do; the tokens that
   both read are the same, whatever the basis
+- in few dimensions a one-to-one matching of random directions has high cosines, too
 - by correlation several latents of the first head may share one of the second; by the decoder
   none may, so that the wider head has latents without a partner
 """
 
 from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 from torch import Tensor
 
-from hf_saereg.quality import consistency
+from hf_saereg.quality import chance_consistency, consistency
 
 CORRELATION, DECODER = "correlation", "decoder"
 MATCHINGS = (CORRELATION, DECODER)
@@ -79,6 +81,28 @@ def match_by_decoder(
             a, b = first[row], second[column]
             partners[a] = Match(a, b, correlations[a, b].item(), cosine)
     return _with_those_alone(first, second, partners)
+
+
+def chance_cosine(
+    first: Sequence[int], second: Sequence[int], directions: Sequence[Tensor]
+) -> float | None:
+    """Median cosine of a matching with random directions instead: what a median is to be held to.
+
+    Args:
+        first: latents of the first head.
+        second: of the second, of which only the number counts.
+        directions: (d_sae, d_in) decoder rows of the first head, and of the second.
+
+    Returns:
+        None where there is nothing to match.
+
+    Raises:
+        ImportError: if scipy is not installed.
+    """
+    if not (first and second):
+        return None
+    rows = [own[list(chosen)] for own, chosen in zip(directions, (first, second), strict=True)]
+    return median(chance_consistency(*rows).cosines.tolist())
 
 
 def _with_those_alone(

@@ -11,7 +11,7 @@ from saereg_command import saereg
 from tiny_checkpoint import save_stock_model, write_text
 
 from hf_saereg.corpora import character_tokenizer
-from hf_saereg.feature_matches import match_by_correlation, match_by_decoder
+from hf_saereg.feature_matches import chance_cosine, match_by_correlation, match_by_decoder
 from hf_saereg.features import (
     Context,
     Feature,
@@ -189,6 +189,14 @@ def test_by_the_decoder_the_wider_head_has_features_without_a_partner():
     assert indices(match_by_decoder([1], [], [eye, eye], none)) == [(1, None)]
 
 
+def test_chance_is_that_of_as_many_random_directions():
+    few, many = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(3))
+    narrow, wide = (chance_cosine(range(4), range(n), [few, many]) for n in (4, 40))
+    assert 0 < narrow < wide < 1  # more to choose from
+    assert wide == chance_cosine(range(4), range(40), [few, -many])
+    assert chance_cosine([], [1], [few, many]) is None
+
+
 def shown(*indices):
     features = [Feature(index, 0.1, 1.0, 2.0, [], [], [], []) for index in indices]
     return Shown("model", SITE, "a head", 10, features, 0, 0, character_tokenizer(8))
@@ -301,7 +309,7 @@ def test_a_pair_by_the_decoder_states_cosines_and_who_is_without_a_partner(decod
     pairs = re.findall(r"cosine [+−]?\d\.\d\d, correlation [+−]?\d\.\d\d", text)
     assert len(pairs) == of_two == of_one - alone
     assert also_alone == 0 and text.count("No feature of two is left for it.") == alone > 0
-    assert "the median cosine is" in text
+    assert re.search(r"the median cosine is \S+ \(0\.\d\d if one model's were random\)", text)
 
 
 @pytest.mark.parametrize("which", ["page", "pair", "decoder_pair"])

@@ -25,6 +25,7 @@ from hf_saereg.feature_matches import (
     DECODER,
     MATCHINGS,
     Match,
+    chance_cosine,
     match_by_correlation,
     match_by_decoder,
 )
@@ -119,10 +120,10 @@ def main(words: Sequence[str]) -> None:
         _shown(reader, found, batches, arguments)
         for reader, found in zip(readers, surveys, strict=True)
     ]
-    matches = _matches(arguments.match_by, readers, heads, correlations)
+    matches, chance = _matches(arguments.match_by, readers, heads, correlations)
     try:
         page = write_feature_page(
-            heads, matches, text.dataset, command_line(), Path(arguments.output_dir)
+            heads, matches, text.dataset, command_line(), Path(arguments.output_dir), chance
         )
     except ImportError as error:
         raise UserError(str(error)) from error
@@ -202,11 +203,12 @@ def _shown(
 
 def _matches(
     match_by: str, readers: Sequence[Reader], heads: Sequence[Shown], correlations: Tensor | None
-) -> list[Match]:
+) -> tuple[list[Match], float | None]:
     shown = [[feature.index for feature in head.features] for head in heads]
     if correlations is None:
-        return [Match(latent, None) for latent in shown[0]]
+        return [Match(latent, None) for latent in shown[0]], None
     if match_by == DECODER:
         directions = [reader.head.W_dec.detach() for reader in readers]
-        return match_by_decoder(*shown, directions, correlations)
-    return match_by_correlation(*shown, correlations)
+        matches = match_by_decoder(*shown, directions, correlations)
+        return matches, chance_cosine(*shown, directions)
+    return match_by_correlation(*shown, correlations), None

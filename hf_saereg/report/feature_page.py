@@ -81,7 +81,12 @@ class Shown(NamedTuple):
 
 
 def write_feature_page(
-    heads: Sequence[Shown], matches: Sequence[Match], text: str, command: str, output_dir: Path
+    heads: Sequence[Shown],
+    matches: Sequence[Match],
+    text: str,
+    command: str,
+    output_dir: Path,
+    chance: float | None = None,
 ) -> Path:
     """Write `index.html`.
 
@@ -91,6 +96,7 @@ def write_feature_page(
         text: where the tokens come from, for the reader.
         command: that made the page.
         output_dir: folder to write to; made if it is missing.
+        chance: median cosine of random directions, where cosines matched the features.
 
     Raises:
         ImportError: if jinja2 is not installed.
@@ -107,6 +113,7 @@ def write_feature_page(
         features=[{feature.index: feature for feature in head.features} for head in heads],
         correlation=median(match.correlation for match in paired) if paired else None,
         cosine=median(cosines) if cosines else None,
+        chance=chance,
         alone=[
             sum(match.second is None for match in matches),
             sum(match.first is None for match in matches),
