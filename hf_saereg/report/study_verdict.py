@@ -162,7 +162,7 @@ def _gains_by_seed(study: MeasuredStudy, name: str, families: Sequence[str]) -> 
 
 def _refusal(gain: Interval | None) -> str | None:
     if gain is None:
-        return f"fresh SAEs that did not all reach the stated {SUM_L0}"
+        return f"no ratio to plain at the stated {SUM_L0}, as it was not reached or lost nothing"
     if gain.low is None:
         return "one seed, which has no interval"
     if gain.is_above_zero:
@@ -241,7 +241,8 @@ def _control_sentence(
         return f"{head}, is not finished."
     own = next(gain for gain in gains if gain.variant == control)
     if own.gain is None:
-        seen = f"cannot be read at the stated {SUM_L0}, at {signed(own.ce_rise)} nats of CE"
+        why = f"it did not reach the stated {SUM_L0} or lost nothing there"
+        seen = f"has no ratio to plain, as {why}, for {signed(own.ce_rise)} nats of CE"
     else:
         seen = f"has a gain of {interval_text(own.gain, 2)} for {signed(own.ce_rise)} nats of CE"
     told: dict[Beside, list[str]] = {}
