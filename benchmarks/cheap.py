@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.paths import adamw, run_path
+from benchmarks.paths import adamw, load, run_path
 from benchmarks.shapes import SHAPES
-from benchmarks.step import device_name, load, median_seconds
+from benchmarks.timing import device_name, median_seconds
 from benchmarks.training import checkpoints
 from hf_saereg.errors import UserError, one_sentence_errors
 from hf_saereg.run_folder import command_line, package_versions, write_json

@@ -31,7 +31,9 @@ def draw(results: dict[str, Any]) -> Figure:
     panels = 3 if "story" in results else 2
     figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
     axes = figure.subplots(1, panels)
-    _cost(axes[0], results["scaling"]["by_d_sae"], "d_sae", "latents of the head (d_sae)")
+    by_d_sae = results["scaling"]["by_d_sae"]
+    label = f"latents of the head (d_sae), L0 {by_d_sae[0]['l0']:.0f}"
+    _cost(axes[0], by_d_sae, "d_sae", label)
     largest = results["scaling"]["by_l0"][0]["d_sae"]
     _cost(
         axes[1],

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paths import steps_by_path
+from benchmarks.paths import load, steps_by_path
 from benchmarks.shapes import SHAPES
-from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 WARM_UP_TOKENS = 16
 
@@ -46,8 +45,7 @@ def peak_memory(checkpoint: Path, shape: str, tokens: int, precision: str, path:
 def main() -> None:
     """Measure what the command line says, and print a number of bytes."""
     checkpoint, shape, tokens, precision, path = sys.argv[1:]
-    model = SAERegGPT2LMHeadModel.from_pretrained(checkpoint).train()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(checkpoint)
     input_ids = SHAPES[shape].batches(int(tokens))[0].to(model.device)
     steps_by_path(model, input_ids[:1, :WARM_UP_TOKENS], precision)[path]()
     step = steps_by_path(model, input_ids, precision)[path]

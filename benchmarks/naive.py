@@ -41,7 +41,7 @@ def naive_losses(head: SAEHead, x: Tensor) -> SAELosses:
     )
     return SAELosses(
         reconstruction=(x - x_hat).square().sum(dim=-1).mean(),
-        sparsity=head.sparsity_loss(head.sparsity(codes, features) / len(x)),
+        sparsity=head.sparsity_loss(head.sparsity(codes, features).sum() / len(x)),
         auxiliary=x.new_zeros(()),
         norm=x.norm(dim=-1).mean(),
         statistics=statistics,

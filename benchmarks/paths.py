@@ -8,6 +8,7 @@ Notable:
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +17,16 @@ from benchmarks.naive import compiled_losses, naive
 from hf_saereg import kernels
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.kernels.chunks import chunk_size
+from hf_saereg.kernels.product import PADDING, multiply
 from hf_saereg.modeling import SAERegGPT2LMHeadModel, SAERegOutput
 
 PRECISIONS = ("float32", "term_bfloat16", "bfloat16")  # autocast: of nothing, the heads, everything
+
+
+def load(checkpoint: Path) -> SAERegGPT2LMHeadModel:
+    """A checkpoint in training mode, on the GPU where there is one."""
+    model = SAERegGPT2LMHeadModel.from_pretrained(checkpoint).train()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def path_names(device: torch.device) -> list[str]:
@@ -85,17 +93,24 @@ def _losses_of(name: str, heads: HeadBank) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def product(x: Tensor, W_enc: Tensor, precision: str) -> None:
-    """One encoder's forward product, in chunks that fit the cache.
+    """One encoder's forward product, in chunks that fit the cache, the fastest way that we know.
 
     Args:
         x: (tokens, d_in).
         W_enc: (d_in, d_sae).
         precision: one of `PRECISIONS`.
     """
+    d_sae = W_enc.shape[1]
+    pieces = x.split(chunk_size(x, d_sae))
+    if x.device.type == "cpu" and precision == "float32":
+        out = x.new_empty(len(pieces[0]), d_sae + PADDING)
+        for rows in pieces:
+            multiply(rows, W_enc, out=out[: len(rows)])
+        return
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     W = W_enc.to(dtype)
-    for rows in x.to(dtype).split(chunk_size(x, W.shape[1])):
-        torch.mm(rows, W)
+    for rows in pieces:
+        torch.mm(rows.to(dtype), W)
 
 
 def steps_by_path(

@@ -4,13 +4,15 @@
 
 Notable:
 - a step reads `TOKENS` tokens whatever the number of GPUs, `MICRO` at once on each
-- FLOPs are those that `torch.utils.flop_counter` counts (a test compares); seconds follow from
-  speeds and efficiencies that are assumed, not measured: no GPU was at hand
+- FLOPs are those of `hf_saereg.flops`; seconds follow from speeds and efficiencies that are
+  assumed, not measured: no GPU was at hand
 - sparse products do few FLOPs and fetch a row of d_in for each: what they cost is the fetching
 - memory is what a step needs at its peak; allocators and libraries need some GB more
 """
 
 from dataclasses import dataclass, replace
+
+from hf_saereg import flops
 
 TOKENS, MICRO = 2**19, 2**13  # of a step, and of one GPU at once
 GB = 1e9
@@ -33,8 +35,7 @@ class Language:
     @property
     def block_weights(self) -> int:
         """Of all matrices that a block multiplies by, over all blocks."""
-        matrices = 4 * self.d_in**2 + self.mlp_matrices * self.d_in * self.d_mlp
-        return self.n_layer * matrices
+        return flops.block_weights(self.n_layer, self.d_in, self.d_mlp, self.mlp_matrices)
 
     @property
     def parameters(self) -> int:
@@ -43,9 +44,9 @@ class Language:
         return self.block_weights + embeddings + self.positions * self.context * self.d_in
 
     def forward_flops(self) -> int:
-        """A token: two a weight, and the two products of attention over the whole context."""
-        attention = 4 * self.n_layer * self.d_in * self.context
-        return 2 * (self.block_weights + self.vocabulary * self.d_in) + attention
+        """A token of a full context."""
+        weights = self.block_weights + self.vocabulary * self.d_in
+        return flops.forward_flops(weights, self.n_layer, self.d_in, self.context)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class Heads:
         Args:
             sparse: only the encoder's forward product is dense, the rest costs L0 entries.
         """
-        dense_products, sparse_products = (1, 5) if sparse else (6, 0)
-        a_site = 2 * self.d_in * (dense_products * self.d_sae + sparse_products * self.l0)
+        a_site = flops.head_flops(self.d_in, self.d_sae, self.l0 if sparse else None)
         return self.share * self.sites * a_site
 
     def step_bytes(self) -> float:
@@ -129,11 +129,11 @@ class Step:
 
     def compute_seconds(self) -> float:
         """Of computing alone, on each GPU."""
-        passes, machine = 4 if self.checkpointing else 3, self.machine
+        passes, machine = flops.PASSES + self.checkpointing, self.machine
         a_token = passes * self.language.forward_flops() / machine.efficiency / machine.flops
         if self.heads is not None:
-            flops = self.heads.step_flops(self.sparse)
-            a_token += flops / machine.heads_efficiency / machine.flops
+            of_heads = self.heads.step_flops(self.sparse)
+            a_token += of_heads / machine.heads_efficiency / machine.flops
             if self.sparse:
                 cached = 4 * self.heads.d_in * self.heads.d_sae <= machine.cache
                 speed = machine.cache_bandwidth if cached else machine.bandwidth
@@ -231,7 +231,7 @@ def model_table() -> list[str]:
     ]
     for language in LANGUAGES:
         heads = heads_of(language)
-        plain = 3 * language.forward_flops()
+        plain = flops.PASSES * language.forward_flops()
         dense, sparse = (heads.step_flops(sparse=sparse) for sparse in (False, True))
         lines.append(
             f"| {language.name} | {language.parameters / 1e6:,.0f} M | "

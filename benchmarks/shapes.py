@@ -55,20 +55,22 @@ class Shape:
         return ids[: len(ids) // sequences * sequences].view(-1, sequences, sequence)
 
 
-def _character(*d_sae: int) -> Shape:
+def _character(*d_sae: int, training_steps: int = 150) -> Shape:
     # the activation as the character recipes compute it
-    return Shape(4, 4, 64, d_sae, 128, 128, 16384, 16384, 2048, 300, "gelu_pytorch_tanh")
+    activation = "gelu_pytorch_tanh"
+    return Shape(4, 4, 64, d_sae, 128, 128, 16384, 16384, 2048, training_steps, activation)
 
 
-def _gpt2_small(d_sae: int) -> Shape:
-    return Shape(12, 12, 768, (d_sae,) * 13, 50257, 1024, 8192, 1024, 256, 60)
+def _gpt2_small(d_sae: int, training_steps: int) -> Shape:
+    # few tokens and steps on a CPU, where the optimizer alone moves gigabytes a step
+    return Shape(12, 12, 768, (d_sae,) * 13, 50257, 1024, 8192, 256, 128, training_steps)
 
 
 SHAPES = {
-    "published": _character(512, 512, 2048, 4096, 4096),
+    "published": _character(512, 512, 2048, 4096, 4096, training_steps=300),
     "uniform512": _character(*(5 * [512])),
     "uniform4096": _character(*(5 * [4096])),
     "uniform8192": _character(*(5 * [8192])),
-    "gpt2_small": _gpt2_small(6144),
-    "gpt2_small_32x": _gpt2_small(24576),
+    "gpt2_small": _gpt2_small(6144, 40),
+    "gpt2_small_32x": _gpt2_small(24576, 12),
 }

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 
 from benchmarks.naive import naive_losses
 from benchmarks.shapes import SHAPES
-from benchmarks.step import median_seconds
+from benchmarks.timing import median_seconds
 from benchmarks.training import checkpoints
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.heads import SAEHead

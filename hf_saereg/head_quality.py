@@ -28,6 +28,7 @@ from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.quality import (
     FiringCounts,
     QualityError,
+    chance_consistency,
     character_classes,
     composition,
     consistency,
@@ -217,9 +218,7 @@ def _across_seeds(measured: Sequence[Measured]) -> Iterator[dict[str, Any]]:
         a, b = first.labels, second.labels
         if a["source"] == FRESH and _without(a, "seed") == _without(b, "seed"):
             found = consistency(first.directions, second.directions)
-            generator = torch.Generator().manual_seed(0)
-            random = torch.randn(second.directions.shape, generator=generator)
-            chance = consistency(first.directions, random)
+            chance = chance_consistency(first.directions, second.directions)
             yield _without(a, "seed") | {
                 "seeds": [a["seed"], b["seed"]],
                 "mean_max": found.mean_max,

@@ -1,9 +1,12 @@
-"""Running averages of the term and its parts, over steps and processes.
+"""Running averages of the term and its parts, and of norms, over steps and processes.
 
 Notable:
 - sums and token counts are kept, never averages of averages: a short micro-batch weighs less
 - processes are summed at logging steps only
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from hf_saereg.heads import SiteStatistics
 from hf_saereg.regularizer import SiteTerm
+from hf_saereg.sites import SitedGPT2LMHeadModel, SiteFunction
 
 
 class TermMeter:
@@ -52,6 +56,52 @@ class TermMeter:
             }.items():
                 figures[f"{name}/{hook_name}"] = figure
         return {"term": sum(values) / len(values), **figures} if values else {}
+
+
+class NormMeter:
+    """Adds up ‖x‖ at every site of a model whose stream no head reads, until it is read itself."""
+
+    def __init__(self) -> None:
+        self._sites: dict[str, tuple[Tensor, Tensor]] = {}  # by site: sum of ‖x‖, tokens
+
+    @contextmanager
+    def reading(self, model: SitedGPT2LMHeadModel, mask: Tensor | None) -> Iterator[None]:
+        """Add the tokens of one batch, which passes inside as often as checkpointing wants.
+
+        Args:
+            model: whose sites are read.
+            mask: (batch, sequence), non-zero where a token counts; None when all do.
+        """
+        norms: dict[str, Tensor] = {}
+        with model.at_sites({name: _norms_into(norms, name) for name in model.hook_names}):
+            yield
+        for hook_name, own in norms.items():
+            counted = own.flatten() if mask is None else own[mask.bool()]
+            number = torch.tensor(counted.numel(), device=counted.device)
+            total, tokens = self._sites.get(hook_name, (0, 0))
+            self._sites[hook_name] = (total + counted.sum(), tokens + number)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes' tokens since the last reading; then empties.
+
+        Every process must call it at the same step.
+
+        Returns:
+            `x_norm/HOOK_NAME` of every site; empty when nothing was added.
+        """
+        sites, self._sites = self._sites, {}
+        return {
+            f"x_norm/{hook_name}": (total / tokens).item()
+            for hook_name, (total, tokens) in accelerator.reduce(sites).items()
+        }
+
+
+def _norms_into(norms: dict[str, Tensor], hook_name: str) -> SiteFunction:
+    def keep(x: Tensor) -> None:
+        # (batch, sequence)
+        norms[hook_name] = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float64)
+
+    return keep
 
 
 def _losses_vector(site: SiteTerm) -> Tensor:

@@ -114,6 +114,21 @@ def consistency(first: Tensor, second: Tensor) -> Consistency:
     )
 
 
+def chance_consistency(first: Tensor, second: Tensor) -> Consistency:
+    """The same with as many random directions in the place of the second head's.
+
+    Args:
+        first: (latents, d_in) decoder rows of living latents.
+        second: (latents, d_in) of which only the shape counts.
+
+    Raises:
+        QualityError: if one has none.
+        ImportError: if scipy is not installed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return consistency(first, torch.randn(second.shape, generator=generator).to(first))
+
+
 def composition(narrow: Tensor, wide: Tensor, parts: int, seed: int = 0) -> Composition:
     """Make up directions from a few of a wider head's, by orthogonal matching pursuit.
 

@@ -32,11 +32,13 @@ class Study:
     """What is compared.
 
     Attributes:
+        path: of its file.
         base: configuration file of the job.
         seeds: of every variant.
         variants: options over the base, by name; the first is what the others are compared with.
     """
 
+    path: Path
     base: Path
     seeds: list[int]
     variants: dict[str, dict[str, Any]]
@@ -74,7 +76,7 @@ class Study:
                 f"A variant in {path} is called {wrong[0]!r}, but its name is to be a folder's; "
                 "leave out the slash."
             )
-        study = cls(path.parent / content["base"], seeds, variants)
+        study = cls(path, path.parent / content["base"], seeds, variants)
         study._check_controls()
         return study
 

@@ -3,20 +3,16 @@
 Notable:
 - variants that differ only in one of splice_weight, reconstruction_weight and target_l0 are one
   curve; with a spliced loss its weight comes first
-- FLOPs a token are 6 times the parameters of the language model and, dense, of the heads (forward
-  2, backward 4); a spliced loss passes through both once more; attention's products over the
-  context, and what a sparse kernel saves, are not counted
+- FLOPs a token are those of `hf_saereg.flops`, every head dense: what a sparse kernel saves is not
+  counted; a spliced loss passes through model and heads once more
 """
 
 import json
 from typing import Any
 
-import torch
-
 from hf_saereg.character import OPTION_CLASSES
 from hf_saereg.corpora import character_tokenizer
-from hf_saereg.heads import make_head
-from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.flops import gpt2_flops, head_flops
 from hf_saereg.options import as_record, as_words, parse_options
 from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study
 
@@ -57,14 +53,13 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
     )
     _arguments, heads, term, _twin, corpus, shape, _fresh = parsed
     config = shape.config(corpus.block_size, character_tokenizer(corpus.block_size))
-    with torch.device("meta"):
-        language = sum(p.numel() for p in SAERegGPT2LMHeadModel(config).parameters())
-        sizes = [
-            sum(p.numel() for p in make_head(head).parameters())
-            for head in (heads.head_configs(config) if model == REGULARIZED else ())
-        ]
-    share = term.token_fraction * (term.sites_per_step or len(sizes)) / max(len(sizes), 1)
-    spliced = (language + sum(sizes)) if sizes and term.splice_weight else 0
+    language = gpt2_flops(config.to_dict())
+    costs = [
+        head_flops(head.d_in, head.d_sae)
+        for head in (heads.head_configs(config) if model == REGULARIZED else ())
+    ]
+    share = term.token_fraction * (term.sites_per_step or len(costs)) / max(len(costs), 1)
+    spliced = (language + sum(costs)) if costs and term.splice_weight else 0
     record = as_record(parsed)
     own = {o: v for o, v in record.items() if not o.startswith(BESIDE)}
     control = "untrained" if model == UNTRAINED else "same time" if timed else None
@@ -72,9 +67,7 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
         "model": model,
         "family": heads.architecture if model == REGULARIZED else "none",
         "control": control,
-        "flops_per_token": 0
-        if model == UNTRAINED
-        else 6 * (language + share * sum(sizes) + spliced),
+        "flops_per_token": 0 if model == UNTRAINED else language + share * sum(costs) + spliced,
         "curve": variant,
         "knob": None,
         "weight": None,

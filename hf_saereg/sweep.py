@@ -28,6 +28,7 @@ from hf_saereg.corpora import collate_blocks
 from hf_saereg.grid import Cell, Schedule
 from hf_saereg.heads import make_head
 from hf_saereg.heads.bank import HeadBank
+from hf_saereg.heads.stack import HeadStack
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 SCALING_BATCHES = 8
@@ -35,30 +36,57 @@ SCALING_BATCHES = 8
 
 @dataclass
 class Track:
-    """Heads on the way to a training of `length` steps, `step` of which are done."""
+    """Heads on the way to a training of `length` steps, `step` of which are done.
+
+    Attributes:
+        stack: of the heads, where they can be trained as one.
+        optimizer: of the stack's parameters, or else of the heads' own.
+    """
 
     bank: HeadBank
+    stack: HeadStack | None
     optimizer: torch.optim.Adam
     length: int
+    tokens: int  # of a step
     step: int = 0
 
     @classmethod
-    def of(cls, bank: HeadBank, length: int) -> Self:
+    def of(cls, bank: HeadBank, length: int, tokens: int) -> Self:
         """A training that is yet to begin."""
-        return cls(bank, torch.optim.Adam(bank.parameters(), fused=True), length)
+        stack = HeadStack.of(bank) if HeadStack.can_hold(bank, tokens) else None
+        parameters = (bank if stack is None else stack.wide).parameters()
+        return cls(bank, stack, torch.optim.Adam(parameters, fused=True), length, tokens)
+
+    def branch(self, length: int) -> Self:
+        """A training that is the same up to here, of another length."""
+        other = self.of(copy.deepcopy(self.bank), length, self.tokens)
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        other.step = self.step
+        return other
 
     def train(self, activations: dict[str, Tensor], learning_rate: float) -> None:
         """One step on scaled activations, (tokens, d_in) by hook name."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        total, fired, tokens = self._losses(activations)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        for head, own in zip(self.bank, fired, strict=True):
+            head.observe(own, tokens)
+        self.step += 1
+
+    def _losses(
+        self, activations: dict[str, Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor] | Tensor, Tensor]:
+        """Sum of all losses, counts of each head's firing latents, and tokens."""
+        if self.stack is not None:
+            own = [activations[hook_name] for hook_name in self.bank.hook_names]
+            return self.stack.losses(torch.stack(own))
         every = [head.losses(activations[head.config.hook_name]) for head in self.bank]
         totals = [losses.reconstruction + losses.sparsity + losses.auxiliary for losses in every]
-        self.optimizer.zero_grad()
-        torch.stack(totals).sum().backward()
-        self.optimizer.step()
-        for head, losses in zip(self.bank, every, strict=True):
-            head.observe(losses.statistics.fired, losses.statistics.tokens)
-        self.step += 1
+        fired = [losses.statistics.fired for losses in every]
+        return torch.stack(totals).sum(), fired, every[0].statistics.tokens
 
 
 @dataclass
@@ -74,8 +102,7 @@ class CellTraining:
         if step != self.whole.step:
             return
         if step == schedule.fork:
-            bank, optimizer = copy.deepcopy((self.whole.bank, self.whole.optimizer))
-            self.half = Track(bank, optimizer, schedule.half, step)
+            self.half = self.whole.branch(schedule.half)
         for track in (self.whole, self.half):
             if track is not None and track.step == step < track.length:
                 track.train(activations, schedule.learning_rate_at(step, track.length))
@@ -143,7 +170,8 @@ class SharedTraining:
             bank = HeadBank(map(make_head, cell.heads(self.model.hook_names, d_in)))
         for hook_name, mean in self.means.items():
             bank[hook_name].to(mean.device).b_dec.data.copy_(mean)
-        return CellTraining(cell, Track.of(bank, self.schedule.steps))
+        tokens = self.schedule.batch_size * len(self.blocks[0]["input_ids"])
+        return CellTraining(cell, Track.of(bank, self.schedule.steps, tokens))
 
     def run(
         self,

@@ -5,7 +5,6 @@ Notable:
 - written beside its place and moved there: a killed process leaves the old file or the new
 """
 
-import copy
 from pathlib import Path
 
 import torch
@@ -57,8 +56,7 @@ def load_state(training: CellTraining, path: Path, half_length: int) -> None:
             steps = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if "half" in steps:
-            bank, optimizer = copy.deepcopy((training.whole.bank, training.whole.optimizer))
-            training.half = Track(bank, optimizer, half_length)
+            training.half = training.whole.branch(half_length)
         for name, step in steps.items():
             own = {
                 key.removeprefix(f"{name}."): tensor
@@ -84,7 +82,11 @@ def _tensors(track: Track) -> dict[str, Tensor]:
         for index, own in track.optimizer.state_dict()["state"].items()
         for name, tensor in own.items()
     }
-    return {name: tensor.cpu().contiguous() for name, tensor in (heads | moments).items()}
+    # clones: stacked heads share their memory, which the format has no word for
+    return {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in (heads | moments).items()
+    }
 
 
 def _restore(track: Track, tensors: dict[str, Tensor], step: int) -> None:

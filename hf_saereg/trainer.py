@@ -9,6 +9,7 @@ Notable:
 - after each optimizer step the heads see what the tokens of all processes did: dead latents are
   counted and coefficients steered alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
+- without heads ‖x‖ a site is read on the steps that are logged, as heads tell it on every step
 - frozen heads are not regularized with: their reconstructions take the place of the activations
   while the model trains, in the backward pass too, which may compute the blocks again
 - with `anchor_weight` the loss has KL(base ‖ model) on the plain path, with `eval_base` evaluations
@@ -21,7 +22,7 @@ Notable:
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from hf_saereg.cards import write_card
 from hf_saereg.corpora import first_rows
@@ -47,7 +48,7 @@ from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_matches, check_savable
 from hf_saereg.heads.health import centre, resample
 from hf_saereg.layout import TRAINING_RECORD, without_folder
-from hf_saereg.meter import TermMeter
+from hf_saereg.meter import NormMeter, TermMeter
 from hf_saereg.modeling import SAERegOutput
 from hf_saereg.progress import ReadableProgress
 from hf_saereg.publishing import PublishingTrainer, changed_options
@@ -94,6 +95,7 @@ class SAERegTrainer(PublishingTrainer):
         self._clock_started: float | None = None
         self._tokens_in_batch: Tensor | None = None
         self._train_meter, self._eval_meter = TermMeter(), TermMeter()
+        self._norm_meter = NormMeter()
         # of the steps since the last log: CE and, weighted or not, KL(base ‖ model)
         self._step_sums, self._steps = torch.zeros(2, device=self.args.device), 0
         # over predicted tokens: CE, their number, CE of the base, KL(base ‖ model)
@@ -150,8 +152,17 @@ class SAERegTrainer(PublishingTrainer):
             inputs = {**inputs, "reference_logits": self._reference_logits(inputs)}
         for splice in self._splices.values():
             splice.mask = inputs.get("attention_mask")
-        with self.model.at_sites(self._splices):
+        with self.model.at_sites(self._splices), self._reading_norms(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _reading_norms(self, inputs: dict[str, Any]) -> AbstractContextManager:
+        """On steps that are logged, where there are no heads to tell the norms."""
+        step, interval = self.state.global_step + 1, self.state.logging_steps
+        is_first = step == 1 and self.args.logging_first_step
+        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS
+        if self.model.heads or not (is_first or (by_steps and step % interval == 0)):
+            return nullcontext()
+        return self._norm_meter.reading(self.model, inputs.get("attention_mask"))
 
     def _reference_logits(self, inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast():
@@ -351,7 +362,9 @@ class SAERegTrainer(PublishingTrainer):
     # ---- figures ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add CE and the term's figures to the training log."""
+        """Add CE and the term's figures, or a plain model's norms, to the training log."""
+        if "loss" in logs and not self.model.heads:
+            logs = {**logs, **self._norm_meter.read(self.accelerator)}
         if "loss" in logs and (self.model.heads or self.reference):
             sums = self.accelerator.reduce(self._step_sums, reduction="mean") / self._steps
             ce, kl = sums.tolist()

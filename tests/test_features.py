@@ -5,11 +5,13 @@ from html import unescape
 
 import pytest
 import torch
+from keyboard import assert_usable_by_keys
 from pages import assert_self_contained, assert_shown, elements_of, needs_browser
 from saereg_command import saereg
 from tiny_checkpoint import save_stock_model, write_text
 
 from hf_saereg.corpora import character_tokenizer
+from hf_saereg.feature_matches import chance_cosine, match_by_correlation, match_by_decoder
 from hf_saereg.features import (
     Context,
     Feature,
@@ -23,7 +25,7 @@ from hf_saereg.features import (
 from hf_saereg.heads import SAEHeadConfig, make_head
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.loading import load_checkpoint
-from hf_saereg.report.feature_page import Shown, match_features
+from hf_saereg.report.feature_page import Shown
 
 SITE = "blocks.0.hook_resid_pre"
 TEXT = "the king; the queen. a cat!!hello, hello"  # two blocks of 20
@@ -148,25 +150,56 @@ def test_correlations_by_hand():
     torch.testing.assert_close(found, expected)
 
 
-def feature(index):
-    return Feature(index, 0.1, 1.0, 2.0, [], [], [], [])
-
-
-def shown(*indices):
-    features = [feature(index) for index in indices]
-    return Shown("model", SITE, "a head", 10, features, 0, 0, character_tokenizer(8))
+def indices(matches):
+    return [(match.first, match.second) for match in matches]
 
 
 def test_each_feature_stands_beside_the_one_that_correlates_most():
     correlations = torch.tensor([[0.1, 0.9, 0.99], [0.0, 0.5, 0.0], [0.2, 0.1, 0.0]])
-    heads = [shown(0, 2, 1), shown(0, 1)]  # the second head's latent 2 is not shown
-    found = match_features(heads, correlations)
-    pairs = [(m.first and m.first.index, m.second and m.second.index) for m in found]
-    assert pairs == [(0, 1), (2, 0), (1, 1)]
+    # the second head's latent 2 is not shown
+    found = match_by_correlation([0, 2, 1], [0, 1], correlations)
+    assert indices(found) == [(0, 1), (2, 0), (1, 1)]
     assert found[0].correlation == pytest.approx(0.9)
-    found = match_features([shown(0), shown(0, 1)], correlations)
-    assert [(m.first and m.first.index, m.second.index) for m in found] == [(0, 1), (None, 0)]
-    assert [m.second for m in match_features([shown(1)], None)] == [None]
+    assert indices(match_by_correlation([0], [0, 1], correlations)) == [(0, 1), (None, 0)]
+    assert indices(match_by_correlation([1], [], correlations)) == [(1, None)]
+
+
+def test_by_the_decoder_features_are_paired_one_to_one_by_the_sum_of_cosines():
+    first = torch.tensor([[1.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 2.0]])
+    second = torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.0, 3.0], [0.0, 0.1, 0.0], [1.0, 0.0, 0.0]])
+    correlations = torch.arange(12.0).view(3, 4) / 100
+    # of the second head latent 3 is not shown; 0 and 2 of the first are both nearest to 0 or 1
+    found = match_by_decoder([2, 0, 1], [1, 0, 2], [first, second], correlations)
+    assert indices(found) == [(2, 1), (0, 0), (1, 2)]
+    assert [match.cosine for match in found] == pytest.approx([1.0, 0.6, 1.0])
+    assert [match.correlation for match in found] == pytest.approx([0.09, 0.0, 0.06])
+
+
+def test_by_the_decoder_the_wider_head_has_features_without_a_partner():
+    eye = torch.eye(3)
+    none = torch.zeros(3, 3)
+    assert indices(match_by_decoder([0, 2], [1, 2, 0], [eye, eye], none)) == [
+        (0, 0),
+        (2, 2),
+        (None, 1),
+    ]
+    found = match_by_decoder([0, 1, 2], [2], [eye, eye], none)
+    assert indices(found) == [(0, None), (1, None), (2, 2)]
+    assert found[0].cosine is None and found[0].correlation is None
+    assert indices(match_by_decoder([1], [], [eye, eye], none)) == [(1, None)]
+
+
+def test_chance_is_that_of_as_many_random_directions():
+    few, many = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(3))
+    narrow, wide = (chance_cosine(range(4), range(n), [few, many]) for n in (4, 40))
+    assert 0 < narrow < wide < 1  # more to choose from
+    assert wide == chance_cosine(range(4), range(40), [few, -many])
+    assert chance_cosine([], [1], [few, many]) is None
+
+
+def shown(*indices):
+    features = [Feature(index, 0.1, 1.0, 2.0, [], [], [], []) for index in indices]
+    return Shown("model", SITE, "a head", 10, features, 0, 0, character_tokenizer(8))
 
 
 def test_tokens_are_highlighted_by_strength_and_signs_stand_for_what_cannot_be_seen():
@@ -177,7 +210,7 @@ def test_tokens_are_highlighted_by_strength_and_signs_stand_for_what_cannot_be_s
         ("↵", 8),
         (" ", 0),
         ("c", 1),
-        ("␀", 9),
+        ("\\x00", 9),
         ("d", 0),
     ]
 
@@ -196,6 +229,10 @@ def given(tmp_path_factory):
         model.attach_heads([SAEHeadConfig("topk", SITE, 16, 24, k=2)])
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    slim, tokenizer = load_checkpoint(str(save_stock_model(folder / "slim", n_embd=8)))
+    slim.attach_heads([SAEHeadConfig("topk", SITE, 8, 10, k=2)])
+    slim.save_pretrained(folder / "slim")
+    tokenizer.save_pretrained(folder / "slim")
     save_heads([make_head(SAEHeadConfig("topk", SITE, 16, 10, k=2))], folder / "cell")
     save_heads([make_head(SAEHeadConfig("topk", SITE, 8, 10, k=2))], folder / "narrow")
     return folder
@@ -230,6 +267,16 @@ def pair(given, tmp_path_factory):
     return folder / "index.html"
 
 
+@pytest.fixture(scope="module")
+def decoder_pair(given, tmp_path_factory):
+    """A head of 24 latents beside one of 10."""
+    pytest.importorskip("scipy")
+    folder = tmp_path_factory.mktemp("decoder_pair")
+    changes = {"match_by": "decoder", "saes": [given / "one", given / "cell"]}
+    assert features(given, folder, ["one", "two"], **changes) is None
+    return folder / "index.html"
+
+
 def test_every_feature_that_fires_has_a_card(page):
     elements = elements_of(page)
     cards = {own["id"] for tag, own in elements if tag == "article"}
@@ -249,18 +296,38 @@ def test_a_pair_stands_side_by_side(pair):
     assert {card[0] for card in ids} == {"a", "b"}
     assert "Features of one and two" in text_of(pair)
     assert "the median correlation is" in text_of(pair)
+    assert re.search(r"Without a partner: 0 of the \d+ features shown of one,", text_of(pair))
 
 
-@pytest.mark.parametrize("which", ["page", "pair"])
+def test_a_pair_by_the_decoder_states_cosines_and_who_is_without_a_partner(decoder_pair):
+    text = text_of(decoder_pair)
+    said = re.search(
+        r"Without a partner: (\d+) of the (\d+) features shown of one, (\d+) of the (\d+) of two",
+        text,
+    )
+    alone, of_one, also_alone, of_two = map(int, said.groups())
+    pairs = re.findall(r"cosine [+−]?\d\.\d\d, correlation [+−]?\d\.\d\d", text)
+    assert len(pairs) == of_two == of_one - alone
+    assert also_alone == 0 and text.count("No feature of two is left for it.") == alone > 0
+    assert re.search(r"the median cosine is \S+ \(0\.\d\d if one model's were random\)", text)
+
+
+@pytest.mark.parametrize("which", ["page", "pair", "decoder_pair"])
 def test_pages_are_whole_and_load_nothing(which, request):
     page = request.getfixturevalue(which)
     assert_self_contained(page, elements_of(page))
 
 
 @needs_browser
-@pytest.mark.parametrize("which", ["page", "pair"])
+@pytest.mark.parametrize("which", ["page", "pair", "decoder_pair"])
 def test_browser_shows_the_page_without_an_error(which, request, tmp_path):
     assert_shown(request.getfixturevalue(which), tmp_path, images=0)
+
+
+@needs_browser
+@pytest.mark.parametrize("which", ["page", "pair"])
+def test_pages_can_be_used_by_keys_alone(which, request, tmp_path):
+    assert_usable_by_keys(request.getfixturevalue(which), tmp_path)
 
 
 def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
@@ -278,6 +345,9 @@ def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
         (["one", "two"], {"saes": ["cell"]}, "1 folders for 2 models"),
         (["one", "two", "one"], {}, "3 models"),
         (["one"], {"blocks": 0}, "blocks is 0"),
+        (["one", "two"], {"match_by": "luck"}, "must be correlation or decoder"),
+        (["one"], {"match_by": "decoder"}, "one was named"),
+        (["one", "slim"], {"match_by": "decoder"}, "streams of 16 and 8 dimensions"),
         (["three"], {}, "neither a folder nor"),
     ],
 )
@@ -287,6 +357,11 @@ def test_what_cannot_be_shown_is_refused_in_one_sentence(
     found = features(given, tmp_path / "out", models, **changes)
     assert sentence in found and "\n" not in found
     assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_widths_are_compared_by_what_they_read(given, tmp_path):
+    assert features(given, tmp_path, ["one", "slim"]) is None
+    assert "the median correlation is" in text_of(tmp_path / "index.html")
 
 
 def test_a_head_of_another_width_is_refused(given, tmp_path):

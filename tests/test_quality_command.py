@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from keyboard import assert_usable_by_keys
 from pages import assert_self_contained, assert_shown, elements_of, needs_browser
 from saereg_command import saereg
 from tiny_checkpoint import SITES, save_stock_model, write_text
@@ -54,9 +55,10 @@ def test_the_report_shows_the_measures(run, tmp_path):
 
 
 @needs_browser
-def test_browser_shows_the_measures_without_an_error(run, tmp_path):
+def test_browser_shows_the_measures_and_keys_reach_them(run, tmp_path):
     saereg("report", run, "--output_dir", tmp_path)
     assert_shown(tmp_path / "index.html", tmp_path, images=5)
+    assert_usable_by_keys(tmp_path / "index.html", tmp_path)
 
 
 def test_another_model_than_the_swept_one_is_refused(run):

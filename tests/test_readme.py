@@ -1,8 +1,8 @@
 """The README, block by block as it stands, in a copy of the checkout and against a Hub here.
 
 What is smaller than a reader's: the configuration of the demo is cut to a few steps of a short
-text, `saereg sweep` and `features` get options appended that do the same, and `make test` runs one
-file.
+text, `saereg sweep`, `features` and `quality` get options appended that do the same, and
+`make test` runs one file.
 """
 
 import os
@@ -26,6 +26,7 @@ APPENDED = {
     "sweep": "--max_steps 2 --warmup_steps 1 --batch_size 1 --fidelity_blocks 1 "
     "--max_characters 30000",
     "features": "--max_characters 30000 --blocks 4 --max_features 20",
+    "quality": "--max_characters 30000 --blocks 4",
 }
 
 
@@ -70,6 +71,7 @@ def shell(code, folder, **variables):
 def test_every_block_of_the_readme_runs_as_it_stands(checkout, tmp_path):
     pytest.importorskip("sae_lens", reason="the README needs the extra [interop]")
     pytest.importorskip("transformer_lens", reason="the README needs the extra [interop]")
+    pytest.importorskip("scipy", reason="the README needs the extra [quality]")
     text = (REPOSITORY / "README.md").read_text()
     commands = [code for _, code in blocks(text, "bash")]
     programs = [code for _, code in blocks(text, "python")]
@@ -91,4 +93,5 @@ def test_every_block_of_the_readme_runs_as_it_stands(checkout, tmp_path):
     assert (runs / "mine" / "index.html").read_text() != (runs / "demo" / "index.html").read_text()
     for page in ("report", "features", "both"):
         assert (runs / page / "index.html").is_file()
+    assert 'id="quality"' in (runs / "report" / "index.html").read_text()
     assert any(said.startswith("Published runs/demo/regularized as ") for said in printed)

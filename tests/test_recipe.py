@@ -127,6 +127,23 @@ def test_results_have_the_documented_keys(finished):
 
 
 @pytest.mark.slow
+def test_both_models_log_their_norms_at_the_same_steps(finished):
+    logged = []
+    for name in NAMES:
+        state = json.loads((finished[0] / "run" / name / "trainer_state.json").read_text())
+        own = {
+            log["step"]: {key for key in log if key.startswith("x_norm/")}
+            for log in state["log_history"]
+            if "loss" in log
+        }
+        assert all(keys == {f"x_norm/{site}" for site in SITES} for keys in own.values())
+        logged.append(own.keys())
+    assert logged[0] == logged[1] and len(logged[0]) > 1
+    page = (finished[0] / "run" / "index.html").read_text()
+    assert "Dashed: at the end of training" not in page
+
+
+@pytest.mark.slow
 def test_the_recipe_runs_on_two_processes(tmp_path):
     config = configuration(tmp_path, per_device_train_batch_size=2, max_steps=10)
     code, output, errors = finish(start(config, processes="cpu_2"))

@@ -8,6 +8,7 @@ import sys
 from html import unescape
 
 import pytest
+from keyboard import assert_usable_by_keys
 from pages import (
     assert_headings_nest,
     assert_images_described,
@@ -28,6 +29,7 @@ from hf_saereg.report import (
 )
 from hf_saereg.report.findings import find
 from hf_saereg.report.page import render_page
+from hf_saereg.report.training_files import read_trainings
 from hf_saereg.report.verdict import Comparison, Curve, CurvePoint
 
 # of results alone: without a training's folder there are no norms over its steps
@@ -423,3 +425,54 @@ def test_drawing_leaves_the_settings_of_others_alone():
 @needs_browser
 def test_browser_shows_every_image_without_an_error(page, tmp_path):
     assert_shown(page, tmp_path, images=len(FIGURES))
+
+
+@needs_browser
+def test_the_page_can_be_used_by_keys_alone(page, tmp_path):
+    assert_usable_by_keys(page, tmp_path)
+
+
+def leave_log(run, model, norms):
+    """What a trainer left that logged these norms, every ten steps, at every site."""
+    (run / model).mkdir(parents=True)
+    log = [
+        {"step": 10 * (i + 1), **{f"x_norm/{site}": norm for site in SITES}}
+        for i, norm in enumerate(norms)
+    ]
+    state = json.dumps({"log_history": log})
+    (run / model / "trainer_state.json").write_text(state)
+
+
+def drawn_norms(run, results):
+    """The caption of the norms over training, and the lines of every site's panel."""
+    from hf_saereg.report.canvas import Style
+    from hf_saereg.report.page import training_captions
+    from hf_saereg.report.training_figures import Trainings, draw_training_norms
+
+    trainings = read_trainings(run, results)
+    figure = draw_training_norms(Trainings(results, trainings), Style())
+    lines = [panel.get_lines() for panel in figure.axes if panel.get_lines()]
+    return training_captions(results, trainings)["training_norms"], lines
+
+
+def test_norms_over_training_are_drawn_for_both_models(tmp_path):
+    leave_log(tmp_path, "plain", [1.0, 3.0, 4.0])
+    leave_log(tmp_path, "regularized", [1.0, 0.5, 0.25])
+    caption, panels = drawn_norms(tmp_path, read_results(make_results()))
+    assert len(panels) == len(SITES)
+    for lines in panels:
+        assert [list(line.get_xdata()) for line in lines] == 2 * [[10, 20, 30]]
+        assert [list(line.get_ydata()) for line in lines] == [[1.0, 3.0, 4.0], [1.0, 0.5, 0.25]]
+    assert "Dashed" not in caption.reading
+    assert f"plain, {SITES[0]}: from 1.00 to 4.00" in caption.description
+    assert f"regularized, {SITES[0]}: from 1.00 to 0.25" in caption.description
+
+
+def test_a_model_that_logged_no_norms_is_dashed_at_its_end(tmp_path):
+    leave_log(tmp_path, "regularized", [0.5])
+    results = read_results(make_results())
+    caption, panels = drawn_norms(tmp_path, results)
+    for site, (plain, regularized) in zip(SITES, panels, strict=True):
+        assert set(plain.get_ydata()) == {results.baselines.plain.residual_norm[site]}
+        assert regularized.get_marker() == "o"  # a line of one point cannot be seen
+    assert "Dashed" in caption.reading

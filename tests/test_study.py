@@ -63,7 +63,13 @@ def test_every_cell_is_trained_scored_and_kept(study):
             )
             assert (found["variant"], found["seed"]) == (variant, seed)
             assert found["figures"]["eval_ce"] > 0 and found["scores"]["compound"]
-    for name in ("trade_off.png", "l0.png", "study.json"):
+    for name in (
+        "figures/trade_off.png",
+        "figures/trade_off.svg",
+        "l0.png",
+        "study.json",
+        "index.html",
+    ):
         assert (folder / "out" / name).stat().st_size > 0
 
 

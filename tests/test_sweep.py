@@ -338,8 +338,9 @@ def test_auxk_trains_latents_once_they_count_as_dead(train):
     for without, with_auxk, too_late in zip(plain, early, never, strict=True):
         dead = without.tokens_since_fired >= 300
         assert dead.any()
-        assert (with_auxk.W_dec != without.W_dec)[dead].any(dim=1).all()
-        assert torch.equal(too_late.W_dec, without.W_dec)
+        assert (with_auxk.W_dec != too_late.W_dec)[dead].any(dim=1).all()
+        # one by one, for AuxK, and stacked: alike to rounding
+        torch.testing.assert_close(too_late.W_dec, without.W_dec, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

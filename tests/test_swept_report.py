@@ -5,6 +5,7 @@ import re
 from html import unescape
 
 import pytest
+from keyboard import assert_usable_by_keys
 from pages import (
     assert_headings_nest,
     assert_images_described,
@@ -171,6 +172,11 @@ def test_the_page_is_whole(page):
 @needs_browser
 def test_browser_shows_the_page_without_an_error(page, tmp_path):
     assert_shown(page, tmp_path, images=4)
+
+
+@needs_browser
+def test_the_page_can_be_used_by_keys_alone(page, tmp_path):
+    assert_usable_by_keys(page, tmp_path)
 
 
 def broken(**changes):

@@ -247,6 +247,38 @@ def test_without_heads_the_objective_is_the_loss(tmp_path):
     assert found["eval_objective"] == found["eval_loss"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_heads_norms_are_of_the_tokens_of_logged_steps(tmp_path, checkpointing):
+    """Two steps an epoch of three unequal micro-batches; nothing is learned."""
+    model = tiny_model()
+    args = arguments(
+        tmp_path,
+        learning_rate=0.0,
+        max_steps=3,
+        logging_steps=2,
+        gradient_accumulation_steps=3,
+        gradient_checkpointing=checkpointing,
+    )
+    ours = trainer(model, args)
+    ours.train()
+    log = ours.state.log_history[0]
+    batch = collate(rows()[6:])
+    with torch.no_grad(), model.reading(SITES) as activations:
+        model(**batch)
+    for site in SITES:
+        expected = activations[site][batch["attention_mask"].bool()].norm(dim=-1).mean().item()
+        assert log[f"x_norm/{site}"] == pytest.approx(expected, rel=1e-12)
+    assert log["step"] == 2
+
+
+def test_without_heads_the_first_step_is_read_if_it_is_logged(tmp_path):
+    args = arguments(tmp_path, max_steps=2, logging_steps=5, logging_first_step=True)
+    ours = trainer(tiny_model(), args)
+    ours.train()
+    logged = [log["step"] for log in ours.state.log_history if f"x_norm/{SITES[0]}" in log]
+    assert logged == [1]
+
+
 def window_by_hand(model, micro_batches):
     """Figures of each site over the tokens of all micro-batches together, and the term."""
     figures, term = {}, 0.0

@@ -2,8 +2,8 @@
 
     saereg compare STUDY.yaml --output_dir DIR
 
-Writes to DIR a folder a variant and seed, `study.json`, `table.md`, `trade_off.png` and, where
-heads have a target, `l0.png`.
+Writes to DIR a folder a variant and seed, `index.html`, `study.json`, `table.md`,
+`figures/trade_off.png` and `.svg` and, where heads have a target, `l0.png`.
 
 Notable:
 - finished cells are never run again; interrupted ones go on
@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_saereg.errors import UserError
+from hf_saereg.heads import FAMILIES
 from hf_saereg.options import parse_options
 from hf_saereg.report.layout import require_extra
+from hf_saereg.report.study_findings import find_in_study
+from hf_saereg.report.study_page import StudyFacts, write_study_page
 from hf_saereg.run_folder import write_json
 from hf_saereg.study import Study, shard_of
 from hf_saereg.study_cells import (
@@ -52,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     (arguments,) = parse_options(CompareArguments, arguments=words)
     try:
-        require_extra("matplotlib")
+        require_extra("matplotlib", "jinja2", "scipy")
     except ImportError as error:
         raise UserError(str(error)) from error
     study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
@@ -81,7 +84,7 @@ def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
 
 
 def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
-    """Write tables and figures about the cells that are finished.
+    """Write page, tables and figures about the cells that are finished.
 
     Args:
         study: what they are cells of.
@@ -89,14 +92,13 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
         folder: of the study.
     """
     from hf_saereg.report.l0_curves import draw_l0_curves
-    from hf_saereg.report.trade_off import draw_trade_off
 
     cells = finished_cells(study, folder)
     rows = table(cells, study.baseline)
     if not rows:
         print(f"No seed of {study.baseline!r} is finished yet: nothing to compare with.")
         return
-    draw_trade_off(rows, folder / "trade_off.png")
+    found = find_in_study(cells, rows, study.baseline, settings, list(FAMILIES))
     logs, targets = steered_trainings(study, folder)
     if logs:
         draw_l0_curves(logs, targets, folder / "l0.png")
@@ -109,6 +111,12 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
             if cell["transplanted"] is not None
         ],
     }
-    write_json(folder / "study.json", content)
+    write_json(folder / "study.json", content | found.figures())
     (folder / "table.md").write_text(markdown(rows))
     print(markdown(rows))
+    unfinished = [cell for cell in study.cells() if not is_finished(folder, *cell)]
+    command = ["saereg", "compare", str(study.path), "--output_dir", str(folder)]
+    facts = StudyFacts(study.path, study.seeds, unfinished, command)
+    print(
+        f"{found.recommendation.sentence}\nOpen {write_study_page(found, settings, facts, folder)}"
+    )

@@ -7,7 +7,7 @@ Writes `DIR/index.html`.
 Notable:
 - the head is the model's own, or lies in the folder named by `--saes`, such as DIR/saes/CELL of a
   sweep; with two models there are two
-- two models read the same tokens and are shown side by side
+- two models read the same tokens and are shown side by side, paired as `feature_matches` says
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.errors import UserError
+from hf_saereg.feature_matches import (
+    CORRELATION,
+    DECODER,
+    MATCHINGS,
+    Match,
+    chance_cosine,
+    match_by_correlation,
+    match_by_decoder,
+)
 from hf_saereg.features import Reader, Survey, describe, survey
 from hf_saereg.fidelity import Batch
 from hf_saereg.fresh import fidelity_batches
@@ -28,7 +38,8 @@ from hf_saereg.loading import load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import parse_options
 from hf_saereg.processes import start_accelerator
-from hf_saereg.report.feature_page import Shown, match_features, write_feature_page
+from hf_saereg.quality import require_matching
+from hf_saereg.report.feature_page import Shown, write_feature_page
 from hf_saereg.run_folder import command_line
 
 
@@ -45,6 +56,13 @@ class FeaturesArguments:
     saes: list[str] | None = field(
         default=None,
         metadata={"help": "Folders that hold saes/HOOK_NAME, one a model; by default the models."},
+    )
+    match_by: str = field(
+        default=CORRELATION,
+        metadata={
+            "help": "What pairs the features of two models: the correlation of their activations, "
+            "or, one to one, the cosine of their decoder directions (`decoder`)."
+        },
     )
     output_dir: str = field(default="runs/features", metadata={"help": "Folder of the page."})
     blocks: int = field(default=512, metadata={"help": "Validation blocks that are read."})
@@ -67,6 +85,15 @@ class FeaturesArguments:
                 f"--saes names {len(self.saes)} folders for {len(self.models)} models; give each "
                 "model one."
             )
+        if self.match_by not in MATCHINGS:
+            raise FeaturesError(
+                f"match_by is {self.match_by!r}; it must be {' or '.join(MATCHINGS)}."
+            )
+        if self.match_by == DECODER and len(self.models) == 1:
+            raise FeaturesError(
+                "match_by decoder pairs the features of two models, and one was named; name "
+                "another, or leave it out."
+            )
         for name, least in (("blocks", 1), ("contexts", 1), ("window", 0), ("max_features", 1)):
             if getattr(self, name) < least:
                 raise FeaturesError(
@@ -81,6 +108,8 @@ def main(words: Sequence[str]) -> None:
         UserError: if a model, a head or the text cannot be had.
     """
     arguments, text = parse_options(FeaturesArguments, TextArguments, arguments=words)
+    if arguments.match_by == DECODER:
+        require_matching()
     device = start_accelerator(arguments.use_cpu).device
     readers = _readers(arguments, device)
     config = min((reader.model.config for reader in readers), key=lambda own: own.n_positions)
@@ -91,10 +120,10 @@ def main(words: Sequence[str]) -> None:
         _shown(reader, found, batches, arguments)
         for reader, found in zip(readers, surveys, strict=True)
     ]
-    matches = match_features(heads, correlations)
+    matches, chance = _matches(arguments.match_by, readers, heads, correlations)
     try:
         page = write_feature_page(
-            heads, matches, text.dataset, command_line(), Path(arguments.output_dir)
+            heads, matches, text.dataset, command_line(), Path(arguments.output_dir), chance
         )
     except ImportError as error:
         raise UserError(str(error)) from error
@@ -115,6 +144,13 @@ def _readers(arguments: FeaturesArguments, device: torch.device) -> list[Reader]
             raise FeaturesError(
                 f"{arguments.models[0]} and {arguments.models[1]} have different tokenizers; only "
                 "models that read the same tokens stand side by side."
+            )
+        widths = [reader.head.config.d_in for reader in readers]
+        if arguments.match_by == DECODER and widths[0] != widths[1]:
+            raise FeaturesError(
+                f"The heads of {arguments.models[0]} and {arguments.models[1]} read streams of "
+                f"{widths[0]} and {widths[1]} dimensions, between which no directions can be "
+                f"compared; say --match_by {CORRELATION}."
             )
         if first.label == second.label:
             first.label, second.label = arguments.models
@@ -163,3 +199,16 @@ def _shown(
         left_out=len(alive) - len(chosen),
         tokenizer=reader.tokenizer,
     )
+
+
+def _matches(
+    match_by: str, readers: Sequence[Reader], heads: Sequence[Shown], correlations: Tensor | None
+) -> tuple[list[Match], float | None]:
+    shown = [[feature.index for feature in head.features] for head in heads]
+    if correlations is None:
+        return [Match(latent, None) for latent in shown[0]], None
+    if match_by == DECODER:
+        directions = [reader.head.W_dec.detach() for reader in readers]
+        matches = match_by_decoder(*shown, directions, correlations)
+        return matches, chance_cosine(*shown, directions)
+    return match_by_correlation(*shown, correlations), None

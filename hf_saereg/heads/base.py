@@ -73,6 +73,8 @@ class SAEHead(nn.Module, ABC):
     # to 50, because the way is 2 % a step
     first_coefficient: ClassVar[float] = 1.0
     own_options: ClassVar[tuple[str, ...]] = ()  # those of FAMILY_OPTIONS that the family has
+    # whether what it selects, their values and costs concern one latent each: see heads/stack.py
+    stackable: ClassVar[bool] = False
 
     def __init__(self, config: SAEHeadConfig) -> None:
         k = config.k
@@ -190,7 +192,10 @@ class SAEHead(nn.Module, ABC):
 
     @abstractmethod
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
-        """Sparsity loss without its coefficient, () and a **sum** over tokens."""
+        """Sparsity loss without its coefficient, in the layout of `codes`, or () where it is 0.
+
+        Its sum over everything is a sum over tokens.
+        """
 
     def sparsity_loss(self, sparsity: Tensor) -> Tensor:
         """S, with its coefficient, from the mean over tokens of `sparsity`, ()."""
@@ -342,7 +347,7 @@ class SAEHead(nn.Module, ABC):
         """x̂, the sums of sparsity and auxiliary loss, and how often each latent fired."""
         codes = kernel.encode(centred, self.encoder_weight, self.encoder_bias, selection)
         values = self.activate(codes, selection)
-        sparsity = self.sparsity(codes, values)
+        sparsity = self.sparsity(codes, values).sum()
         auxiliary = self.auxiliary(x, codes, kernel)
         # last, so that a backward pass that computes this again stops before the product
         x_hat = kernel.decode(values, codes, self.W_dec, self.b_dec)  # (tokens, d_in)

@@ -47,10 +47,10 @@ class GatedSAE(SAEHead):
         return magnitude * (codes.pre > 0)
 
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
-        """L1 of the gates, weighted by detached decoder norms, summed over tokens."""
+        """L1 of the gates, weighted by detached decoder norms, a gate of a token each."""
         decoder_norms = self.W_dec.detach().norm(dim=1)  # (d_sae,)
         gates = torch.relu(codes.pre)
-        return (gates * codes.at(decoder_norms)).sum()
+        return gates * codes.at(decoder_norms)
 
     def auxiliary(self, x: Tensor, codes: Codes, kernel: ModuleType) -> Tensor:
         """Squared error of the reconstruction from the gates alone, summed over tokens."""

@@ -37,6 +37,7 @@ class JumpReLUSAE(SAEHead):
     architecture = "jumprelu"
     first_coefficient = 0.05
     own_options = ("bandwidth", "reference_window", "quadratic_penalty", "target_l0")
+    stackable = True
 
     def __init__(self, config: SAEHeadConfig) -> None:
         if config.quadratic_penalty and config.target_l0 is None:
@@ -77,10 +78,9 @@ class JumpReLUSAE(SAEHead):
         return _Jump.apply(z, codes.at(self.threshold), self.config.bandwidth)
 
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
-        """L0 times its coefficient, summed over tokens."""
+        """1 for every active latent of a token."""
         z = values if self.config.reference_window else codes.pre
-        active = _Step.apply(z, codes.at(self.threshold), self.config.bandwidth)
-        return active.sum()
+        return _Step.apply(z, codes.at(self.threshold), self.config.bandwidth)
 
     @torch.no_grad()
     def observe(self, fired: Tensor, tokens: Tensor) -> None:

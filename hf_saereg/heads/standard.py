@@ -15,6 +15,7 @@ class StandardSAE(SAEHead):
 
     architecture = "standard"
     own_options = ("target_l0", "tied")
+    stackable = True
 
     def selection(self, x: Tensor) -> Selection:
         """Positive pre-activations."""
@@ -25,6 +26,6 @@ class StandardSAE(SAEHead):
         return torch.relu(codes.pre)
 
     def sparsity(self, codes: Codes, values: Tensor) -> Tensor:
-        """L1 of the features, weighted by decoder norms, summed over tokens."""
+        """L1 of the features, weighted by decoder norms, a feature of a token each."""
         decoder_norms = self.W_dec.norm(dim=1)  # (d_sae,)
-        return (values * codes.at(decoder_norms)).sum()
+        return values * codes.at(decoder_norms)

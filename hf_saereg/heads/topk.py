@@ -21,6 +21,7 @@ class TopKSAE(SAEHead):
     architecture = "topk"
     sparsity_option = "k"
     own_options = ("rectified", "auxk")
+    stackable = True
 
     def saelens_options(self) -> dict[str, Any]:
         """`k`; features are selected by pre-activation alone.

@@ -44,7 +44,7 @@ def batch_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> Tens
 
 def _largest(values: Tensor, number: int) -> Tensor:
     """The `number` largest, at least 2, of which the two smallest come first, in order."""
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:  # unknown to numpy
         return values.topk(number).values.flip(0)
     first = len(values) - number
     return torch.from_numpy(np.partition(values.numpy(), (first, first + 1))[first:])

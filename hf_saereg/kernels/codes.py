@@ -21,12 +21,22 @@ class Above:
 
     threshold: float | Tensor = 0.0
 
+    def of(self, latents: slice) -> "Above":
+        """The same of some of the latents."""
+        if isinstance(self.threshold, Tensor) and self.threshold.ndim:
+            return Above(self.threshold[latents])
+        return self
+
 
 @dataclass(frozen=True)
 class LargestK:
     """Select the `k` largest pre-activations of each token."""
 
     k: int
+
+    def of(self, latents: slice) -> "LargestK":
+        """The same of some of the latents: k is a head's, however many share the latents."""
+        return self
 
 
 Selection = Above | LargestK

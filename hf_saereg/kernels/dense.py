@@ -29,10 +29,14 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Cod
     pre = torch.addmm(rounded, x, W_enc)  # (tokens, d_sae)
     if rounded is not b_enc:
         pre = pre + (b_enc - rounded)  # in the dtype of x again
+    return Codes(_masked(pre, selection))
+
+
+def _masked(pre: Tensor, selection: Selection) -> Tensor:
     if isinstance(selection, LargestK):
         indices = pre.topk(selection.k, dim=-1).indices
-        pre = pre * torch.zeros_like(pre).scatter_(-1, indices, 1.0)
-    return Codes(pre)
+        return pre * torch.zeros_like(pre).scatter_(-1, indices, 1.0)
+    return pre
 
 
 def rounded_bias(x: Tensor, b_enc: Tensor) -> Tensor:
@@ -53,3 +57,35 @@ def decode(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor
         b_dec: (d_in,).
     """
     return torch.addmm(b_dec, values, W_dec)
+
+
+def encode_stack(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
+    """Pre-activations of several heads of one size, each of its own tokens.
+
+    Args:
+        x: (heads, tokens, d_in), `b_dec` already subtracted.
+        W_enc: (d_in, heads · d_sae), one head after the other.
+        b_enc: (heads · d_sae,).
+        selection: as of `encode`, with a threshold for every latent of every head.
+
+    Returns:
+        Dense codes, `pre` of shape (tokens, heads · d_sae).
+    """
+    heads, tokens, _ = x.shape
+    W = W_enc.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, d_in, d_sae)
+    pre = torch.baddbmm(b_enc.view(heads, 1, -1), x, W)
+    return Codes(_masked(pre, selection).transpose(0, 1).reshape(tokens, -1))
+
+
+def decode_stack(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Reconstructions, (heads, tokens, d_in), of `encode_stack`'s features.
+
+    Args:
+        values: (tokens, heads · d_sae).
+        codes: that `values` were computed from.
+        W_dec: (heads · d_sae, d_in).
+        b_dec: (heads, d_in).
+    """
+    heads = len(b_dec)
+    features = values.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, tokens, d_sae)
+    return torch.baddbmm(b_dec[:, None], features, W_dec.unflatten(0, (heads, -1)))

@@ -27,6 +27,7 @@ from hf_saereg.kernels import sparse_loops as loops
 from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 from hf_saereg.kernels.dense import rounded_bias
+from hf_saereg.kernels.product import PADDING, multiply
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -42,7 +43,16 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Cod
     Returns:
         Sparse codes in the dtype of x.
     """
-    return Codes(*_Encode.apply(x, W_enc, b_enc, selection))
+    return Codes(*_Encode.apply(x, W_enc, b_enc, selection, 1))
+
+
+def encode_stack(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
+    """Pre-activations of several heads of one size, as `dense.encode_stack` takes them.
+
+    Returns:
+        Sparse codes: a row a head and token, head by head, with `latents` counted over all heads.
+    """
+    return Codes(*_Encode.apply(x.flatten(0, 1), W_enc, b_enc, selection, len(x)))
 
 
 def decode(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -57,12 +67,23 @@ def decode(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor
     return _Decode.apply(values, codes.latents, codes.offsets, W_dec, b_dec)
 
 
+def decode_stack(values: Tensor, codes: Codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Reconstructions of `encode_stack`'s features, as `dense.decode_stack` returns them."""
+    without_bias = decode(values, codes, W_dec, torch.zeros_like(b_dec[0]))
+    return without_bias.unflatten(0, (len(b_dec), -1)) + b_dec[:, None]
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection
+        ctx: FunctionCtx,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        selection: Selection,
+        heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pre, latents, offsets = _selected(x, W_enc, b_enc, selection)
+        pre, latents, offsets = _selected(x, W_enc, b_enc, selection, heads)
         ctx.save_for_backward(x, W_enc, latents, offsets)
         ctx.mark_non_differentiable(latents, offsets)
         return pre, latents, offsets
@@ -84,7 +105,7 @@ class _Encode(torch.autograd.Function):
             parts = _balanced(latents, len(grad_W))
             _in_parts(loops.scatter_rows, parts, *entries, _array(x), *sums)
             grad_W = grad_W.T
-        return grad_x, grad_W, grad_b, None
+        return grad_x, grad_W, grad_b, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -123,9 +144,26 @@ class _Decode(torch.autograd.Function):
 
 
 def _selected(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The encoder product chunk by chunk, compacted: pre, latents, offsets."""
+    """Pre, latents, offsets: of every head the latents that it selects of its share of the rows."""
+    tokens, d_sae = len(x) // heads, len(b_enc) // heads
+    pre, latents = [x.new_empty(0)], [torch.empty(0, dtype=torch.int32)]
+    offsets = torch.zeros(len(x) + 1, dtype=torch.int64)  # counts, until summed up
+    for head in range(heads):
+        rows, own = (slice(head * size, (head + 1) * size) for size in (tokens, d_sae))
+        found = _selected_of_one(
+            x[rows], W_enc[:, own], b_enc[own], selection.of(own), offsets[1:][rows]
+        )
+        pre += found[0]
+        latents += [some + head * d_sae for some in found[1]] if head else found[1]
+    return torch.cat(pre), torch.cat(latents), offsets.cumsum(0)
+
+
+def _selected_of_one(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection, counts: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The encoder product of one head chunk by chunk, compacted; fills in `counts` of its rows."""
     tokens, d_sae = len(x), len(b_enc)
     if isinstance(selection, LargestK):
         loop, limit = loops.select_largest, selection.k
@@ -133,28 +171,33 @@ def _selected(
         threshold = torch.as_tensor(selection.threshold, dtype=x.dtype)
         loop, limit = loops.select_above, _array(threshold.expand(d_sae))
     rounded = rounded_bias(x, b_enc)
-    bias = _array(b_enc - rounded)  # what the product does not add
+    in_full = rounded is b_enc  # not rounded: then the loop adds the bias, a pass less
+    bias = _array(b_enc if in_full else b_enc - rounded)
     rows, W = x.to(rounded.dtype), W_enc.to(rounded.dtype)
+    row_length = d_sae + PADDING if in_full else d_sae
 
     chunk = max(1, min(tokens, chunk_size(x, d_sae)))
     # Room for every latent of a chunk; the system provides only the pages that are written.
     pre = _scratch("pre", chunk * d_sae, x.dtype)
     latents = _scratch("latents", chunk * d_sae, torch.int32)
-    offsets = torch.zeros(tokens + 1, dtype=torch.int64)  # counts, until summed up
-    found_pre, found_latents = [pre[:0]], [latents[:0]]
-    buffer = _scratch("product", chunk * d_sae, W.dtype).view(chunk, d_sae)
+    found_pre, found_latents = [], []
+    buffer = _scratch("product", chunk * row_length, W.dtype).view(chunk, row_length)
     for first in range(0, tokens, chunk):
         some_rows = rows[first : first + chunk]
-        product = torch.addmm(rounded, some_rows, W, out=buffer[: len(some_rows)])
+        product = buffer[: len(some_rows)]
+        if in_full:
+            multiply(some_rows, W, out=product)
+        else:
+            torch.addmm(rounded, some_rows, W, out=product)
         parts = _even(len(product))
-        out = _array(pre), _array(latents), _array(offsets[first + 1 :])
+        out = _array(pre), _array(latents), _array(counts[first:])
         for (start, _), found in zip(
             parts, _in_parts(loop, parts, _product_array(product), bias, limit, *out), strict=True
         ):
             entries = slice(start * d_sae, start * d_sae + found)
             found_pre.append(pre[entries].clone())
             found_latents.append(latents[entries].clone())
-    return torch.cat(found_pre), torch.cat(found_latents), offsets.cumsum(0)
+    return found_pre, found_latents
 
 
 _kept = threading.local()

@@ -87,7 +87,8 @@ def select_above(
     Args:
         start: first token of this part.
         stop: token after the last one.
-        product: (tokens, d_sae), what the encoder product holds; uint16 stands for bfloat16.
+        product: (tokens, d_sae or more), what the encoder product holds; uint16 stands for
+            bfloat16.
         bias: (d_sae,), added to each row of the product.
         thresholds: (d_sae,).
         pre: (tokens * d_sae,), written from `start * d_sae` on.
@@ -98,7 +99,6 @@ def select_above(
         Number of entries of this part.
     """
     d_sae = bias.size
-    row = np.empty(d_sae, bias.dtype)
     flags = np.zeros(-(-d_sae // 8) * 8, np.uint8)
     words = flags.view(np.uint64)
     first = start * d_sae
@@ -107,12 +107,12 @@ def select_above(
         raw = product[token]
         for j in range(d_sae):
             value = _widen(raw[j]) + bias[j]
-            row[j] = value
             flags[j] = not (value <= thresholds[j])
         token_first = end
         end = _positions(flags, words, d_sae, latents, end)
         for entry in range(token_first, end):
-            pre[entry] = row[latents[entry]]
+            latent = latents[entry]
+            pre[entry] = _widen(raw[latent]) + bias[latent]
         counts[token] = end - token_first
     return end - first
 

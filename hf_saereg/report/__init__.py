@@ -3,6 +3,8 @@
     results.json -> results -> verdict -> findings -> page <- figures        of a comparison
     results.json… -> swept -> swept_page <- swept_figures                    of any models
     run.json, results.json -> tuned                                          of fine-tunings
+    cell.json… -> study_curves -> study_statistics, study_verdict, study_tables
+               -> study_findings -> study_page <- trade_off                  of a study
 
 What is notable:
 

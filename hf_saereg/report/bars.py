@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from hf_saereg.report.canvas import Style, settings
 
 BAR_SPACE = 0.8  # of the distance between two groups of bars
+FLAT_CHARACTERS = 45  # of labels that stand side by side under half a page's width
 
 
 class BarPanel(NamedTuple):
@@ -77,7 +78,9 @@ def _draw(panel: BarPanel, axes: Axes, colours: Sequence[str], style: Style) -> 
                     fontsize=7,
                 )
     places = range(len(panel.labels))
-    if style.phone or len(panel.labels) > 3:
+    lines = [line for label in panel.labels for line in label.splitlines()]
+    longest = max(map(len, lines), default=0)
+    if style.phone or longest * len(panel.labels) > FLAT_CHARACTERS:
         axes.set_xticks(places, panel.labels, rotation=35, ha="right", rotation_mode="anchor")
     else:
         axes.set_xticks(places, panel.labels)

@@ -4,24 +4,25 @@ What is notable:
 
 - Tokens are highlighted by how strongly the latent fires on them, in tenths of its largest
   activation; what cannot be seen, such as a line break, is shown by a sign.
-- With two heads every feature stands beside the one of the other head whose activations on the same
-  tokens correlate most; those of the second head that are nobody's match follow at the end.
+- With two heads features stand side by side as `feature_matches` pairs them; those of the second
+  head that are nobody's match follow at the end.
 """
 
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_saereg.feature_matches import Match
 from hf_saereg.features import Context, Feature
 from hf_saereg.report.layout import render_template, require_extra
 
 LEVELS = 9
 SIGNS = str.maketrans(
-    {chr(code): chr(0x2400 + code) for code in range(32)} | {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
+    {chr(code): f"\\x{code:02x}" for code in (*range(32), 127)} | {"\n": "↵", "\t": "⇥"}
 )
 
 
@@ -79,22 +80,13 @@ class Shown(NamedTuple):
         return self.tokenizer.decode([token]).translate(SIGNS)
 
 
-class Match(NamedTuple):
-    """A feature of the first head, and the nearest of the second.
-
-    Attributes:
-        first: None for a feature of the second head that is nobody's match.
-        second: None with one head, or where nothing correlates.
-        correlation: of their activations.
-    """
-
-    first: Feature | None
-    second: Feature | None
-    correlation: float | None
-
-
 def write_feature_page(
-    heads: Sequence[Shown], matches: Sequence[Match], text: str, command: str, output_dir: Path
+    heads: Sequence[Shown],
+    matches: Sequence[Match],
+    text: str,
+    command: str,
+    output_dir: Path,
+    chance: float | None = None,
 ) -> Path:
     """Write `index.html`.
 
@@ -104,6 +96,7 @@ def write_feature_page(
         text: where the tokens come from, for the reader.
         command: that made the page.
         output_dir: folder to write to; made if it is missing.
+        chance: median cosine of random directions, where cosines matched the features.
 
     Raises:
         ImportError: if jinja2 is not installed.
@@ -111,43 +104,26 @@ def write_feature_page(
     require_extra("jinja2")
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "index.html"
-    found = sorted(match.correlation for match in matches if match.correlation is not None)
+    paired = [match for match in matches if match.first is not None and match.second is not None]
+    cosines = [match.cosine for match in paired if match.cosine is not None]
     html = render_template(
         "features.html.j2",
         heads=heads,
         matches=matches,
-        shown=[{feature.index for feature in head.features} for head in heads],
-        median=found[len(found) // 2] if found else None,
+        features=[{feature.index: feature for feature in head.features} for head in heads],
+        correlation=median(match.correlation for match in paired) if paired else None,
+        cosine=median(cosines) if cosines else None,
+        chance=chance,
+        alone=[
+            sum(match.second is None for match in matches),
+            sum(match.first is None for match in matches),
+        ],
         text=text,
         command=command,
         levels=LEVELS,
     )
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def match_features(heads: Sequence[Shown], correlations: Tensor | None) -> list[Match]:
-    """Pair the features of two heads, or list those of one.
-
-    Args:
-        heads: one or two.
-        correlations: (d_sae, d_sae of the second) of their activations.
-    """
-    if len(heads) == 1 or correlations is None:
-        return [Match(feature, None, None) for feature in heads[0].features]
-    by_index = {feature.index: feature for feature in heads[1].features}
-    candidates = sorted(by_index)
-    matches = []
-    for feature in heads[0].features:
-        if candidates:
-            best = correlations[feature.index, candidates].max(dim=0)
-            second, correlation = by_index[candidates[int(best.indices)]], best.values.item()
-            matches.append(Match(feature, second, correlation))
-        else:
-            matches.append(Match(feature, None, None))
-    matched = {match.second.index for match in matches if match.second is not None}
-    alone = [feature for feature in heads[1].features if feature.index not in matched]
-    return matches + [Match(None, feature, None) for feature in alone]
 
 
 def _level(activation: float, largest: float) -> int:

@@ -120,11 +120,15 @@ def training_captions(results: Results, trainings: Pair[Training]) -> dict[str, 
     ]
     logged = [name for name, own in zip(MODELS, trainings, strict=True) if own.norms]
     changes = [
-        f"{site}: from {curve.norms[0]:.2f} to {curve.norms[-1]:.2f}"
-        for own in trainings
+        f"{model}, {site}: from {curve.norms[0]:.2f} to {curve.norms[-1]:.2f}"
+        for model, own in zip(MODELS, trainings, strict=True)
         for site, curve in own.norms.items()
     ]
-    dashed = "" if len(logged) == 2 else " Dashed: at the end of training, where none was logged."
+    how = "Of the training text, as logged."
+    if trainings.plain.norms:
+        how += " Plain: of each logged step's tokens; regularized: of all since the log before."
+    if len(logged) < 2:
+        how += " Dashed: at the end of training, where none was logged."
     return {
         "cost": Caption(
             "What training costs",
@@ -133,7 +137,7 @@ def training_captions(results: Results, trainings: Pair[Training]) -> dict[str, 
         ),
         "training_norms": Caption(
             "Mean norm of the residual stream over training",
-            f"Of the training text, as logged.{dashed}",
+            how,
             f"Line charts of norms over the steps of training, {', '.join(logged)}. "
             f"{'; '.join(changes)}.",
         ),

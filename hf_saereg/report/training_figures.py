@@ -33,7 +33,8 @@ def draw_training_norms(shown: Trainings, style: Style) -> Figure:
             for model, training in zip(MODELS, shown.files, strict=True):
                 colour = style.theme.of(model)
                 if site in training.norms:
-                    panel.plot(*training.norms[site], color=colour)
+                    steps, norms = training.norms[site]
+                    panel.plot(steps, norms, color=colour, marker="o" if len(steps) == 1 else "")
                 else:
                     baseline = getattr(shown.results.baselines, model)
                     norm = baseline.residual_norm[site]

@@ -3,9 +3,7 @@
 What is notable:
 
 - All of it is optional: a page of `results.json` alone goes without.
-- FLOPs are counted on paper: two a weight and token, the products of attention over the whole
-  context, three times as many with the backward pass, and of a head six dense products, of which
-  only the first stays dense where the others run over active latents alone.
+- FLOPs are counted on paper, as `hf_saereg.flops` says.
 """
 
 import json
@@ -13,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_saereg.flops import gpt2_flops, head_flops
 from hf_saereg.report.results import MODELS, Pair, Results
 
 STATE_FILE, CONFIG_FILE = "trainer_state.json", "config.json"
@@ -23,7 +22,8 @@ class NormCurve(NamedTuple):
 
     Attributes:
         steps: at which it was logged.
-        norms: ‖x‖₂, mean of the tokens since the log before.
+        norms: ‖x‖₂, mean of the tokens since the log before; of a plain model, of the logged
+            step's alone.
     """
 
     steps: list[int]
@@ -76,37 +76,14 @@ def read_trainings(run: Path, results: Results) -> Pair[Training]:
     return Pair(*trainings)
 
 
-def language_flops(config: Mapping[str, Any]) -> float:
-    """Forward and backward pass of a GPT-2, a token of a full context.
-
-    Args:
-        config: `config.json`.
-    """
-    width, layers = config["n_embd"], config["n_layer"]
-    inner = config.get("n_inner") or 4 * width
-    weights = layers * (4 * width**2 + 2 * width * inner) + config["vocab_size"] * width
-    return 3 * (2 * weights + 4 * layers * width * config["n_positions"])
-
-
-def head_flops(d_in: int, d_sae: int, l0: float | None) -> float:
-    """Forward and backward pass of a head, a token.
-
-    Args:
-        d_in: width of the stream.
-        d_sae: latents.
-        l0: active latents, where only they are computed past the encoder; None for all.
-    """
-    return 2 * d_in * (6 * d_sae if l0 is None else d_sae + 5 * l0)
-
-
 def _flops(config: Mapping[str, Any], heads: Mapping[str, Any], results: Results) -> Flops:
     shapes = [
         (cfg["d_in"], cfg["d_sae"], results.cotrained_l0(site) or 0.0)
         for site, cfg in heads.items()
     ]
-    dense = sum(head_flops(d_in, d_sae, None) for d_in, d_sae, _ in shapes)
+    dense = sum(head_flops(d_in, d_sae) for d_in, d_sae, _ in shapes)
     sparse = sum(head_flops(*shape) for shape in shapes)
-    return Flops(language_flops(config), dense, sparse)
+    return Flops(gpt2_flops(config), dense, sparse)
 
 
 def _norms(log: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> dict[str, NormCurve]:

@@ -1,0 +1,38 @@
+"""Medians of contestants that take turns, and what they ran on."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taking turns; of two runs a turn only the second is timed.
+
+    The first gives back what the one before left behind: after a path of large arrays the system
+    has taken its pages away, and the next one would pay for getting some again.
+
+    Args:
+        contestants: by name.
+        repeats: rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, contestant in contestants.items():
+            contestant()
+            start = time.perf_counter()
+            contestant()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def device_name() -> str:
+    """What the processor or GPU calls itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()

@@ -1,0 +1,202 @@
+"""What a study's cells measured, as curves L0 → CE increase, and the Σ L0 to compare them at.
+
+Notable:
+- seeds that the baseline lacks are left out: everything is paired
+- curves are those of `verdict`: linear in log L0, never extrapolated
+- a family of fresh SAEs has one stated Σ L0: what the co-trained heads have, or the nearest to it
+  that as many curves as possible reached, the baseline's all among them
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_saereg.report.results import COTRAINED, FRESH
+from hf_saereg.report.verdict import Curve, CurvePoint, relative_movement
+
+Cell = Mapping[str, Any]
+BySeed = dict[int, Curve]
+
+
+@dataclass(frozen=True)
+class MeasuredStudy:
+    """Curves of all finished cells whose seed the baseline has.
+
+    Attributes:
+        baseline: the variant that the others are compared with.
+        eval_ce: validation CE by variant and seed, in nats a token.
+        compound: curves over Σ L0 by fresh family, variant and seed.
+        sites: curves over L0 by fresh family, site, variant and seed.
+        movements: by fresh family, how far every SAE's CE increase moved over the second half of
+            its training, relative.
+        sum_l0: by fresh family, the Σ L0 that is compared at; None where the baseline's seeds share
+            none.
+    """
+
+    baseline: str
+    eval_ce: dict[str, dict[int, float]]
+    compound: dict[str, dict[str, BySeed]]
+    sites: dict[str, dict[str, dict[str, BySeed]]]
+    movements: dict[str, list[float]]
+    sum_l0: dict[str, float | None]
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell], baseline: str) -> "MeasuredStudy":
+        """Read finished cells.
+
+        Args:
+            cells: contents of `cell.json` files.
+            baseline: name of the first variant.
+        """
+        cells = list(cells)
+        seeds = {cell["seed"] for cell in cells if cell["variant"] == baseline}
+        cells = [cell for cell in cells if cell["seed"] in seeds]
+        eval_ce: dict[str, dict[int, float]] = {}
+        compound: dict[str, dict[str, BySeed]] = {}
+        sites: dict[str, dict[str, dict[str, BySeed]]] = {}
+        movements: dict[str, list[float]] = {}
+        for cell in cells:
+            variant, seed = cell["variant"], cell["seed"]
+            eval_ce.setdefault(variant, {})[seed] = cell["figures"]["eval_ce"]
+        for label, (family, size) in _families(cells).items():
+            for cell in cells:
+                variant, seed = cell["variant"], cell["seed"]
+                own = [r for r in cell["scores"]["compound"] if _is(r, family, size)]
+                if not own:
+                    continue
+                by_variant = compound.setdefault(label, {})
+                by_variant.setdefault(variant, {})[seed] = _curve(own, "sum_l0")
+                singles = [r for r in cell["scores"]["rows"] if _is(r, family, size)]
+                movements.setdefault(label, []).extend(_movement(row) for row in singles)
+                for site in dict.fromkeys(row["site"] for row in singles):
+                    curve = _curve([row for row in singles if row["site"] == site], "l0")
+                    by_site = sites.setdefault(label, {}).setdefault(site, {})
+                    by_site.setdefault(variant, {})[seed] = curve
+        wanted = _trained_sum_l0(cells)
+        sum_l0 = {label: stated_l0(own, baseline, wanted) for label, own in compound.items()}
+        return cls(baseline, eval_ce, compound, sites, movements, sum_l0)
+
+    @property
+    def variants(self) -> list[str]:
+        """Those with a finished cell, the baseline among them."""
+        return list(self.eval_ce)
+
+    def seeds(self, variant: str) -> list[int]:
+        """Seeds of a variant that the baseline has too; none of one that is not finished."""
+        return list(self.eval_ce.get(variant, ()))
+
+    def ce_rise(self, variant: str) -> dict[int, float]:
+        """Validation CE minus the baseline's, by seed."""
+        first = self.eval_ce[self.baseline]
+        return {seed: ce - first[seed] for seed, ce in self.eval_ce.get(variant, {}).items()}
+
+
+@dataclass(frozen=True)
+class EqualL0:
+    """A variant against the baseline at one L0.
+
+    Attributes:
+        l0: the L0 that both are read at, in every seed; None where there is no such place.
+        log_ratios: ln(variant / baseline) of the CE increase, by seed; empty where there is none.
+        reason: why there is none; empty where there is one.
+    """
+
+    l0: float | None
+    log_ratios: dict[int, float]
+    reason: str = ""
+
+
+def at_equal_l0(ours: BySeed, baseline: BySeed, wanted: float | None) -> EqualL0:
+    """Compare seed by seed at the L0 nearest to the wanted one that both reached in every seed.
+
+    Args:
+        ours: of a variant.
+        baseline: of the baseline.
+        wanted: None takes the middle of what both reached, on a log scale.
+    """
+    pairs = {seed: (ours[seed], baseline[seed]) for seed in ours if seed in baseline}
+    if not pairs:
+        return EqualL0(None, {}, "not run")
+    shared = shared_range(curve for pair in pairs.values() for curve in pair)
+    if shared is None:
+        return EqualL0(None, {}, "no L0 that both reached")
+    low, high = shared
+    l0 = min(max(math.sqrt(low * high) if wanted is None else wanted, low), high)
+    values = {
+        seed: tuple(curve.at(l0).ce_increase for curve in pair) for seed, pair in pairs.items()
+    }
+    if min(min(pair) for pair in values.values()) <= 0:
+        return EqualL0(l0, {}, "a CE increase that is not positive has no ratio")
+    return EqualL0(l0, {seed: math.log(own / plain) for seed, (own, plain) in values.items()})
+
+
+def shared_range(curves: Iterable[Curve]) -> tuple[float, float] | None:
+    """Lowest and highest L0 that all curves reached; None if there is none."""
+    curves = list(curves)
+    if not curves or not all(curve.points for curve in curves):
+        return None
+    low = max(curve.points[0].l0 for curve in curves)
+    high = min(curve.points[-1].l0 for curve in curves)
+    return (low, high) if low <= high else None
+
+
+def stated_l0(
+    curves: Mapping[str, BySeed], baseline: str, wanted: float | None = None
+) -> float | None:
+    """The L0 at which most curves can be read, the baseline's all among them.
+
+    Args:
+        curves: by variant and seed.
+        baseline: name of the first variant.
+        wanted: where several L0s are read on as many curves, the nearest to it on a log scale is
+            taken; None stands for the middle of the baseline's range.
+
+    Returns:
+        It, or None where the baseline has no curve or its seeds share no L0.
+    """
+    first = list(curves.get(baseline, {}).values())
+    shared = shared_range(first)
+    if shared is None:
+        return None
+    nearest = math.sqrt(shared[0] * shared[1]) if wanted is None else wanted
+    every = [curve for own in curves.values() for curve in own.values() if curve.points]
+    # how many curves reach an L0 changes at their ends only
+    places = {nearest, *(end.l0 for curve in every for end in (curve.points[0], curve.points[-1]))}
+    return max(
+        (l0 for l0 in places if all(curve.reaches(l0) for curve in first)),
+        key=lambda l0: (sum(c.reaches(l0) for c in every), -abs(math.log(l0 / nearest)), l0),
+    )
+
+
+def _trained_sum_l0(cells: Sequence[Cell]) -> float | None:
+    """Median Σ L0 of the co-trained heads, at which the models were regularized."""
+    rows = [row for cell in cells for row in cell["scores"]["compound"]]
+    found = [row["sum_l0"] for row in rows if row["source"] == COTRAINED and row["sum_l0"] > 0]
+    return statistics.median(found) if found else None
+
+
+def _families(cells: Sequence[Cell]) -> dict[str, tuple[str, int | str]]:
+    """Family and size of the fresh SAEs by label; the size is in it where a family has several."""
+    rows = [row for cell in cells for row in cell["scores"]["compound"] if row["source"] == FRESH]
+    found = list(dict.fromkeys((row["family"], row["d_sae"]) for row in rows))
+    families = [family for family, _ in found]
+    return {
+        family if families.count(family) == 1 else f"{family}, d_sae {size}": (family, size)
+        for family, size in found
+    }
+
+
+def _is(row: Mapping[str, Any], family: str, size: int | str) -> bool:
+    # where the sizes of sites differ, a single head's size does not tell
+    fits = isinstance(size, str) or row["d_sae"] == size
+    return row["source"] == FRESH and row["family"] == family and fits
+
+
+def _curve(rows: Iterable[Mapping[str, Any]], l0: str) -> Curve:
+    return Curve.through(CurvePoint(row[l0], row["ce_increase"], _movement(row)) for row in rows)
+
+
+def _movement(row: Mapping[str, Any]) -> float:
+    return relative_movement(row["ce_increase_at_half"], row["ce_increase"])

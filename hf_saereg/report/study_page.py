@@ -1,0 +1,141 @@
+"""The page of a study: the verdict first, then what it rests on."""
+
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_saereg.report.findings import SUM_L0, listed, signed, tally_text
+from hf_saereg.report.layout import Caption, draw_pictures, render_template, require_extra
+from hf_saereg.report.study_findings import StudyFindings
+from hf_saereg.report.study_statistics import SiteChange
+from hf_saereg.report.study_tables import MatrixCell, tallies
+from hf_saereg.report.study_verdict import interval_text, stated_text
+
+DOUBTED_SITE = "blocks.3.hook_resid_pre"  # where the published post found the gain unreliable
+
+
+class StudyFacts(NamedTuple):
+    """What the page says of the study beside its figures.
+
+    Attributes:
+        file: of the study.
+        seeds: that it shall have.
+        unfinished: variant and seed of the cells that are missing.
+        command: that runs and compares it.
+    """
+
+    file: Path
+    seeds: Sequence[int]
+    unfinished: Sequence[tuple[str, int]]
+    command: Sequence[str]
+
+
+def write_study_page(
+    found: StudyFindings,
+    settings: Mapping[str, Mapping[str, Any]],
+    facts: StudyFacts,
+    output_dir: Path,
+) -> Path:
+    """Write `index.html` and `figures/` (PNG and SVG).
+
+    Args:
+        found: all that is said.
+        settings: of `hf_saereg.study_settings`.
+        facts: about the study.
+        output_dir: the study's folder.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        ImportError: if matplotlib or jinja2 is not installed.
+    """
+    require_extra("matplotlib", "jinja2")
+    from hf_saereg.report.events import Drawn
+    from hf_saereg.report.trade_off import TradeOff, draw_trade_off, drawn_families
+
+    shown = TradeOff(found.measured, settings)
+    drawn, figures, words = drawn_families(shown), {}, {}
+    if drawn:
+        figures["trade_off"] = Drawn(draw_trade_off, shown)
+        words["trade_off"] = trade_off_caption(found, drawn, shown.variants)
+    pictures = draw_pictures(figures, words, output_dir / "figures")
+    page = output_dir / "index.html"
+    html = render_template(
+        "study.html.j2",
+        title=f"Study {facts.file.stem}",
+        found=found,
+        study=found.measured,
+        facts=facts,
+        command=shlex.join(facts.command),
+        stated=stated_text(found.measured),
+        pictures=pictures,
+        matrix=_by_row(found.matrix),
+        columns=list(dict.fromkeys((cell.fresh, cell.sum_l0) for cell in found.matrix)),
+        tallies={pair: tally_text(tally) for pair, tally in tallies(found.sites).items()},
+        doubted=doubted(found.sites),
+        doubted_site=DOUBTED_SITE,
+        flagged=[movement for movement in found.movements if movement.is_flagged],
+        interval=lambda found, digits=3: "–" if found is None else interval_text(found, digits),
+        ratio=lambda found: "–" if found is None else f"× {math.exp(found.mean):.2f}",
+        has_l0=(output_dir / "l0.png").is_file(),
+    )
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def doubted(sites: Sequence[SiteChange]) -> list[SiteChange]:
+    """The rows of the site that the published post singles out; none where it does not exist."""
+    return [change for change in sites if change.site == DOUBTED_SITE]
+
+
+def trade_off_caption(
+    found: StudyFindings, drawn: Sequence[str], variants: Sequence[str]
+) -> Caption:
+    """The words of the figure, from the numbers that it draws.
+
+    Args:
+        found: all that is said.
+        drawn: families with a panel.
+        variants: that are drawn.
+    """
+    points = [
+        f"{cell.variant}, fresh {cell.fresh}: CE {_mean_ce(found, cell.variant):.3f}, "
+        f"increase {signed(cell.ce_increase)}"
+        for cell in found.matrix
+        if cell.fresh in drawn and cell.variant in variants and cell.ce_increase is not None
+    ]
+    several = any(len(found.measured.seeds(name)) > 1 for name in variants)
+    left_out = [
+        f"“{name}”, at a CE of {_mean_ce(found, name):.3f}"
+        for name in found.measured.variants
+        if name not in variants
+    ]
+    absent = f" Not drawn: {listed(left_out)}." if left_out else ""
+    bars = (
+        " Small points are seeds; bars are 95\N{NO-BREAK SPACE}% intervals of the difference from "
+        "the baseline and may leave the panel."
+        if several
+        else ""
+    )
+    return Caption(
+        "What a variant costs against what it buys",
+        "Lower left is better; a line joins the weights of one regularizer, which stand beside its "
+        f"points.{bars}{absent}",
+        f"A panel a family of fresh SAEs, {listed(drawn)}, with the compound CE increase at the "
+        f"stated {SUM_L0} over the validation CE. {'. '.join(points)}.",
+    )
+
+
+def _mean_ce(found: StudyFindings, variant: str) -> float:
+    return statistics.fmean(found.measured.eval_ce[variant].values())
+
+
+def _by_row(cells: Sequence[MatrixCell]) -> list[list[MatrixCell]]:
+    rows: dict[tuple[str, str | None], list[MatrixCell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.regularizer, cell.variant), []).append(cell)
+    return list(rows.values())
