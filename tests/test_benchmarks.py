@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cheap, scaling, step, story, table, timing
+from benchmarks import cheap, fresh, scaling, step, story, table, timing
 from benchmarks.naive import naive
 from benchmarks.paths import path_names, run_path
 from benchmarks.shapes import SHAPES, Shape
@@ -175,3 +175,17 @@ def test_cheap_modes_are_measured_site_by_site(tmp_path, monkeypatch, capsys):
         assert {tokens for _, tokens in sites_seen["auto", share, None]} == {512 * share}
     for number in (2, 1):  # in turn, so that a turn is every site's
         assert len(sites_seen["auto", 1.0, number]) == 3
+
+
+def test_fresh_heads_are_timed_in_both_ways(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fresh, "SIZES", ((24, 32),))
+    monkeypatch.setattr(fresh, "WARM_UP", 2)
+    target = tmp_path / "fresh.json"
+    monkeypatch.setattr(sys, "argv", ["fresh", "--json", str(target), "--repeats", "1"])
+    fresh.main()
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["family"] for row in rows] == list(fresh.FAMILIES)
+    for row in rows:
+        seconds = row["seconds"]
+        assert row["speedup"] == seconds["one by one"] / seconds["stacked"]
+    assert capsys.readouterr().out.count("times as fast") == len(rows)
