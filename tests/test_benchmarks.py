@@ -136,9 +136,9 @@ def test_one_command_measures_every_path(tmp_path, monkeypatch, capsys):
     row = next(line for line in printed.splitlines() if line.startswith("| uniform512, late |"))
     assert f"| {ours:.2f} |" in row
     assert "d_sae 512 (L0 15.0) → 1,024 (L0 15.0)" in printed
-    assert all(len(losses) == 3 for losses in results["story"].values())
-    for losses in results["story"].values():
-        assert losses == pytest.approx(results["story"]["naive"], rel=0.02)
+    assert all(len(losses) == 3 for losses in first.values())
+    for losses in first.values():
+        assert losses == pytest.approx(first["naive"], rel=0.02)
     assert (tmp_path / "out.png").stat().st_size > 0
 
 
