@@ -18,13 +18,14 @@ import torch
 
 from benchmarks.paths import adamw, load, run_path
 from benchmarks.shapes import SHAPES
-from benchmarks.timing import device_name, median_seconds
+from benchmarks.timing import conditions, median_seconds
 from benchmarks.training import checkpoints
 from hf_saereg.errors import UserError, one_sentence_errors
-from hf_saereg.run_folder import command_line, package_versions, write_json
+from hf_saereg.run_folder import write_json
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 PLAIN = "plain"
+WHOLE = {"token_fraction": 1.0, "sites_per_step": None}
 
 
 def measure(checkpoint: Path, input_ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any]]:
@@ -47,8 +48,7 @@ def measure(checkpoint: Path, input_ids: torch.Tensor, repeats: int) -> dict[str
 
     def turn(mode: str) -> Callable[[], None]:
         def steps() -> None:
-            model.term = replace(model.term, **{"token_fraction": 1.0, "sites_per_step": None})
-            model.term = replace(model.term, **modes[mode])
+            model.term = replace(model.term, **WHOLE | modes[mode])
             path = PLAIN if mode == PLAIN else "auto"
             for step in range(n_sites):
                 run_path(path, model, optimizers[mode == PLAIN], input_ids, "float32", step)
@@ -83,10 +83,7 @@ def main() -> None:
     saved = checkpoints(shape, options.checkpoints or Path("runs/benchmarks") / options.shape)
     input_ids = shape.batches(tokens)[0]
     results = {
-        "command": command_line(),
-        "versions": package_versions(),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
+        **conditions(),
         "shape": options.shape,
         "tokens": input_ids.numel(),
         "repeats": options.repeats,

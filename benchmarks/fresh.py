@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import device_name, median_seconds
+from benchmarks.timing import conditions, median_seconds
 from hf_saereg.errors import UserError, one_sentence_errors
 from hf_saereg.heads import SAEHeadConfig, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.stack import HeadStack
-from hf_saereg.run_folder import command_line, package_versions, write_json
+from hf_saereg.run_folder import write_json
 from hf_saereg.sweep import Track
 
 SITES, D_IN = 5, 64
@@ -98,10 +98,7 @@ def main() -> None:
     if options.repeats < 1:
         raise UserError(f"--repeats is {options.repeats}; a median needs at least one repeat.")
     results = {
-        "command": command_line(),
-        "versions": package_versions(),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
+        **conditions(),
         "repeats": options.repeats,
         "rows": measure(options.repeats),
     }

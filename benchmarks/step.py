@@ -32,10 +32,10 @@ from benchmarks.scaling import measure_scaling
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.story import STEPS, measure_story
 from benchmarks.table import text
-from benchmarks.timing import device_name, median_seconds
+from benchmarks.timing import conditions, median_seconds
 from benchmarks.training import STAGES, checkpoints, how_made
 from hf_saereg.errors import UserError, one_sentence_errors
-from hf_saereg.run_folder import command_line, package_versions, write_json
+from hf_saereg.run_folder import write_json
 
 DOUBLING_TURNS = 20
 # Of the tokens, to choose a precision by: where a CPU has no instructions for bfloat16, one encoder
@@ -151,10 +151,7 @@ def main() -> None:
         precision = min(by_precision, key=by_precision.get)
     common = (shape, tokens, precision, options.repeats)
     results = {
-        "command": command_line(),
-        "versions": package_versions(),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
+        **conditions(),
         "shape": options.shape,
         "tokens": tokens,
         "repeats": options.repeats,

@@ -5,8 +5,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from hf_saereg.run_folder import command_line, package_versions
 
 
 def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -29,10 +32,20 @@ def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> 
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def device_name() -> str:
+def _device_name() -> str:
     """What the processor or GPU calls itself."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
+
+
+def conditions() -> dict[str, Any]:
+    """What every file of figures begins with: the command, and what it ran on."""
+    return {
+        "command": command_line(),
+        "versions": package_versions(),
+        "device": _device_name(),
+        "threads": torch.get_num_threads(),
+    }
