@@ -109,21 +109,29 @@ class CharacterJob:
         folder, start = Path(arguments.output_dir), time.monotonic()
         figures = finished_figures(folder)
         if not figures:
-            set_seed(arguments.seed)
-            trainer = SAERegTrainer(
-                self.new_model(name),
-                arguments,
-                train_dataset=self.blocks["train"],
-                eval_dataset=self.blocks["validation"],
-                data_collator=collate_blocks,
-                processing_class=self.tokenizer,
-                head_metadata={"model_name": name, "dataset_path": self.corpus.dataset},
-            )
+            trainer = self._new_trainer(name, arguments)
             write_run(folder, arguments, self.options)
             figures = trainer.train_to_the_end(start)  # published by `publish`
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
         return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures
+
+    def untrained(self) -> tuple[SAERegGPT2LMHeadModel, dict[str, float | None]]:
+        """The plain model as it starts, and figures as of a training; nothing is saved."""
+        trainer = self._new_trainer("plain", self.arguments)
+        return trainer.model.eval(), trainer.summary()
+
+    def _new_trainer(self, name: str, arguments: SAERegArguments) -> SAERegTrainer:
+        set_seed(arguments.seed)
+        return SAERegTrainer(
+            self.new_model(name),
+            arguments,
+            train_dataset=self.blocks["train"],
+            eval_dataset=self.blocks["validation"],
+            data_collator=collate_blocks,
+            processing_class=self.tokenizer,
+            head_metadata={"model_name": name, "dataset_path": self.corpus.dataset},
+        )
 
     def repository(self, name: str) -> str:
         """Name on the Hub of the model `plain` or `regularized`."""

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import set_seed
-
 from hf_saereg.character import CharacterJob
-from hf_saereg.corpora import collate_blocks
 from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.fresh import fidelity_batches, score_model
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_words
 from hf_saereg.resuming import STATE_FILE
 from hf_saereg.run_folder import write_json
-from hf_saereg.study import PLAIN, REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study, StudyError
-from hf_saereg.trainer import SAERegTrainer
+from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study, StudyError
 
 CELL_FILE = "cell.json"
 BUDGET_FILE = "budget.json"
@@ -83,9 +79,7 @@ class StudyCell:
     def run(self) -> None:
         """Train and score; leaves `cell.json`."""
         job = self.job
-        model, figures = (
-            _untrained(job, self.seed) if self.model == UNTRAINED else job.train(self.model)
-        )
+        model, figures = job.untrained() if self.model == UNTRAINED else job.train(self.model)
         scores = score_model(
             self.variant, model, job.blocks, job.fresh.sweep(self.seed), self.folder / "fresh"
         )
@@ -122,32 +116,6 @@ def _budget(study: Study, variant: str, seed: int, folder: Path) -> dict[str, An
 
 def _figures(folder: Path, variant: str, seed: int) -> dict[str, Any]:
     return json.loads((cell_folder(folder, variant, seed) / CELL_FILE).read_text())["figures"]
-
-
-def _untrained(job: CharacterJob, seed: int) -> tuple[SAERegGPT2LMHeadModel, dict[str, Any]]:
-    """The model as it starts, and figures as a training's; its speed is no figure."""
-    set_seed(seed)
-    model = job.new_model(PLAIN)
-    trainer = SAERegTrainer(
-        model,
-        job.arguments,
-        train_dataset=job.blocks["train"],
-        eval_dataset=job.blocks["validation"],
-        data_collator=collate_blocks,
-        processing_class=job.tokenizer,
-    )
-    head_of_train = job.blocks["train"].select(
-        range(min(len(job.blocks["train"]), len(job.blocks["validation"])))
-    )
-    train = trainer.evaluate(head_of_train, metric_key_prefix="train")
-    return model.eval(), {
-        "eval_ce": trainer.evaluate()["eval_loss"],
-        "train_ce": train["train_loss"],
-        "tokens_per_second": None,
-        "train_seconds": 0.0,
-        "steps": 0,
-        "parameters": sum(p.numel() for p in model.plain_view().parameters()),
-    }
 
 
 def transplant(study: Study, variant: str, seed: int, folder: Path) -> bool:

@@ -6,71 +6,47 @@ Notable:
   R / ‖X‖ of the published term is taken per micro-batch and process
 - the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it; with
   `eval_fidelity` the heads are scored spliced into the model, too
-- after each optimizer step the heads see what the tokens of all processes did: dead latents are
-  counted and coefficients steered alike everywhere
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
 - without heads ‖x‖ a site is read on the steps that are logged, as heads tell it on every step
 - frozen heads are not regularized with: their reconstructions take the place of the activations
   while the model trains, in the backward pass too, which may compute the blocks again
 - with `anchor_weight` the loss has KL(base ‖ model) on the plain path, with `eval_base` evaluations
   measure it; the base is the model as it was given, without adapters
-- a checkpoint counts as complete once `trainer_state.json` is in it, which is written last, after
-  every process has written what is its own
-- no pickle is written beside the weights; optimizer and random state stay in `checkpoint-*`
 """
 
-import json
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from hf_saereg.cards import write_card
-from hf_saereg.corpora import first_rows
 from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import baselines, fidelity
-from hf_saereg.heads.folder import check_matches, check_savable
-from hf_saereg.heads.health import centre, resample
-from hf_saereg.layout import TRAINING_RECORD, without_folder
+from hf_saereg.heads.folder import check_savable
 from hf_saereg.meter import NormMeter, TermMeter
 from hf_saereg.modeling import SAERegOutput
 from hf_saereg.progress import ReadableProgress
-from hf_saereg.publishing import PublishingTrainer, changed_options
+from hf_saereg.recording import RecordingTrainer
 from hf_saereg.reference import Reference
-from hf_saereg.resuming import SESSION_FILE, last_complete_checkpoint
-from hf_saereg.run_folder import package_versions, write_json
-from hf_saereg.sharding import load_full_state
 from hf_saereg.splicing import Splice
 from hf_saereg.training_arguments import SAERegArguments
+from hf_saereg.upkeep import HeadUpkeep
 
 
 class NonFiniteLossError(UserError):
     """CE or the term became NaN or infinite; the message names the step and the site."""
 
 
-class SAERegTrainer(PublishingTrainer):
+class SAERegTrainer(RecordingTrainer):
     """Trains a `SAERegGPT2LMHeadModel` on CE + term; without heads, on CE alone.
 
     Args:
         *args: as `Trainer` takes them.
-        head_metadata: written into every saved head: `dataset_path`, `model_name`, …
-        **kwargs: as `Trainer` takes them.
+        **kwargs: as `Trainer` and `RecordingTrainer` take them.
 
     Raises:
         HeadConfigError: if a head could not be saved.
@@ -80,19 +56,11 @@ class SAERegTrainer(PublishingTrainer):
     # compute_loss divides by the whole accumulated batch itself
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        *args: Any,
-        head_metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.ddp_find_unused_parameters is None:
             # heads that a step leaves out get no gradient; otherwise every parameter does
             self.args.ddp_find_unused_parameters = self.model.term.sites_per_step is not None
-        self.head_metadata = head_metadata
-        self.train_seconds = 0.0  # of training steps alone, over all sessions of a resumed run
-        self._clock_started: float | None = None
         self._tokens_in_batch: Tensor | None = None
         self._train_meter, self._eval_meter = TermMeter(), TermMeter()
         self._norm_meter = NormMeter()
@@ -111,12 +79,10 @@ class SAERegTrainer(PublishingTrainer):
             self.reference = Reference(self.model)
         for head in self.model.heads:
             head.kernel = self.args.kernel
-        # per site, of the micro-batches since the last optimizer step: fired, tokens
-        self._unobserved: dict[str, tuple[Tensor, Tensor]] = {}
         self._micro_batch = 0  # since the last optimizer step
-        self._last_inputs: dict[str, Any] = {}
+        self._upkeep = HeadUpkeep(self)
         if self.model.heads and not self._splices:
-            self.add_callback(HeadUpkeep(self))
+            self.add_callback(self._upkeep)
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
             self.add_callback(ReadableProgress())
 
@@ -231,7 +197,7 @@ class SAERegTrainer(PublishingTrainer):
         self._step_sums += torch.stack([ce.detach(), kl.detach()])
         if output.term is not None:
             self._train_meter.update(output.sites)
-            self._remember(inputs, output)
+            self._upkeep.remember(inputs, output.sites)
             term = output.term * _token_count(inputs) * processes / self._tokens_in_batch
             if output.spliced_loss is not None:
                 term = term + factor * self.model.term.splice_weight * output.spliced_loss
@@ -275,14 +241,6 @@ class SAERegTrainer(PublishingTrainer):
         self._micro_batch += 1
         return {"term_step": self.state.global_step, "term_draw": draw}
 
-    def _remember(self, inputs: dict[str, Any], output: SAERegOutput) -> None:
-        self._last_inputs = inputs
-        for hook_name, site in output.sites.items():
-            seen = (site.losses.statistics.fired, site.losses.statistics.tokens)
-            if hook_name in self._unobserved:
-                seen = tuple(map(torch.add, self._unobserved[hook_name], seen))
-            self._unobserved[hook_name] = seen
-
     def _check_finite(self, ce: Tensor, output: SAERegOutput) -> None:
         parts = (ce, output.term, output.spliced_loss)
         if all(part is None or part.isfinite() for part in parts):
@@ -320,45 +278,6 @@ class SAERegTrainer(PublishingTrainer):
             optimizer.add_param_group({"params": heads, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    # ---- upkeep of the heads ----
-
-    def after_optimizer_step(self) -> None:
-        """Let the heads see what all processes' tokens did in the step that is over."""
-        seen, self._unobserved = self.accelerator.reduce(self._unobserved), {}
-        for head in self.model.heads:
-            if head.config.hook_name in seen:
-                head.observe(*seen[head.config.hook_name])
-        step = self.state.global_step + 1
-        if self.args.resample_every and step % self.args.resample_every == 0:
-            self._resample(step)
-
-    def _resample(self, step: int) -> None:
-        activations = self._activations(self._last_inputs)
-        generator = torch.Generator().manual_seed(step)
-        for head in self.model.heads:
-            resample(head, activations[head.config.hook_name], generator, self.optimizer.optimizer)
-            for parameter in head.parameters():  # every process has other tokens
-                parameter.data = broadcast(parameter.data)
-
-    def initialise_biases(self) -> None:
-        """Start `b_dec` of every head in the middle of the first training rows' activations."""
-        rows = first_rows(self.train_dataset, self.args.b_dec_init_rows)
-        inputs = self._prepare_inputs(self.data_collator(rows))
-        for hook_name, x in self._activations(inputs).items():
-            head = self.model.heads[hook_name]
-            read = head.normalise(x.to(head.W_dec.dtype)).x
-            head.b_dec.data.copy_(centre(read, self.args.b_dec_init))
-
-    @torch.no_grad()
-    def _activations(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """(tokens, d_in) by hook name, without padding."""
-        with self.model.reading(self.model.heads.hook_names) as activations:
-            mask = inputs.get("attention_mask")
-            self.model.transformer(inputs["input_ids"], attention_mask=mask, use_cache=False)
-        if mask is None:
-            return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}
-        return {hook_name: x[mask.bool()] for hook_name, x in activations.items()}
-
     # ---- figures ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -376,17 +295,9 @@ class SAERegTrainer(PublishingTrainer):
             elif self.model.heads:
                 plain = self._ce_weight * ce + self._kl_weight * kl
                 logs |= {"term_share": 1 - plain / logs["loss"]}
-                logs |= self._train_meter.read(self.accelerator) | self._upkeep_figures()
+                logs |= self._train_meter.read(self.accelerator) | self._upkeep.figures()
             self._step_sums, self._steps = torch.zeros_like(self._step_sums), 0
         super().log(logs, start_time)
-
-    def _upkeep_figures(self) -> dict[str, float]:
-        figures = {}
-        for head in self.model.heads:
-            figures[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
-            # by tokens since a latent last fired, not by this window alone
-            figures[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
-        return figures
 
     def _spliced_figures(self) -> dict[str, float]:
         splices, self._splices = self._splices, self._new_splices()
@@ -441,190 +352,6 @@ class SAERegTrainer(PublishingTrainer):
             base = baselines(self.model, batches, self.accelerator)
             scores = fidelity(self.model, self.model.heads, batches, base, self.accelerator)
         return scores.figures()
-
-    def train_to_the_end(self, start: float) -> dict[str, float]:
-        """Train, from the last complete checkpoint on where there is one; save without publishing.
-
-        Args:
-            start: of the program, by `time.monotonic`.
-
-        Returns:
-            `summary`, and `wall_seconds` since the start.
-        """
-        last = last_complete_checkpoint(Path(self.args.output_dir))
-        self.train(resume_from_checkpoint=last)
-        self.save_model(_internal_call=True)
-        self.save_state()  # with all that was logged
-        return self.summary() | {"wall_seconds": time.monotonic() - start}
-
-    def summary(self) -> dict[str, float]:
-        """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
-
-        `train_ce` is over as many training blocks, from the start of the text, as there are
-        validation blocks; `base_ce` and `kl_to_base` are there with `eval_base` or an anchor;
-        `parameters` are the language model's, `trained_parameters` what the mode trains, heads and
-        adapters among them. Every process must call it.
-        """
-        head_of_train = first_rows(self.train_dataset, len(self.eval_dataset))
-        eval_metrics = self.evaluate()
-        train_metrics = self.evaluate(head_of_train, metric_key_prefix="train")
-        base = {}
-        if self.reference is not None:
-            base = {"base_ce": eval_metrics["eval_base_loss"]}
-            base |= {"kl_to_base": eval_metrics["eval_kl_to_base"]}
-        tokens = self.state.global_step * self._tokens_per_step()
-        return {
-            "eval_ce": eval_metrics["eval_loss"],
-            "eval_objective": eval_metrics["eval_objective"],
-            **base,
-            "train_ce": train_metrics["train_loss"],
-            "tokens_per_second": tokens / self.train_seconds,
-            "train_seconds": self.train_seconds,
-            "steps": self.state.global_step,
-            "parameters": sum(p.numel() for p in self.model.plain_view().parameters()),
-            "trained_parameters": sum(
-                p.numel() for p in self.model.parameters() if p.requires_grad
-            ),
-        }
-
-    # ---- checkpoints ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, with a clock that stands still in evaluations and checkpoints."""
-        self.train_seconds, self._clock_started = 0.0, time.monotonic()
-        result = super().train(*args, **kwargs)
-        with self._clock_stopped():
-            pass
-        self._clock_started = None
-        return result
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # resumed from the last step's checkpoint, `Trainer` would do one step more
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`."""
-        with self._clock_stopped():
-            return super().evaluate(*args, **kwargs)
-
-    @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        if self._clock_started is None:
-            yield
-            return
-        self.train_seconds += time.monotonic() - self._clock_started
-        yield
-        self._clock_started = time.monotonic()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        if not self.args.should_save:
-            return
-        self.model.save_pretrained(
-            output_dir, state_dict=state_dict, head_metadata=self.head_metadata
-        )
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        self.describe(Path(output_dir))
-
-    def save_merged(self, folder: Path) -> None:
-        """Merge the adapters into the model, and save the plain GPT-2 that it is then.
-
-        Args:
-            folder: created if absent.
-
-        Raises:
-            AdapterError: if there is no adapter, or the merged weights are not finite.
-        """
-        self.model.merge_and_unload()
-        self._save(str(folder))
-
-    def describe(self, folder: Path) -> None:
-        """Write `training.json` and the card beside a saved model: what is known of it by now.
-
-        The main process does; for any other, this does nothing.
-
-        Args:
-            folder: of a checkpoint of this trainer.
-        """
-        if not self.args.should_save:
-            return
-        name = self.model.config.name_or_path
-        evaluations = [log for log in self.state.log_history if "eval_loss" in log]
-        record = {
-            "base_model": name if name and not Path(name).exists() else None,
-            "dataset": (self.head_metadata or {}).get("dataset_path"),
-            "steps": self.state.global_step,
-            "tokens_per_step": self._tokens_per_step(),
-            "train_seconds": self.train_seconds,
-            "seed": self.args.seed,
-            "world_size": self.args.world_size,
-            "device": self.args.device.type,
-            "evaluation": evaluations[-1] if evaluations else {},
-            "options": changed_options(self.args),
-            "versions": package_versions(),
-        }
-        write_json(folder / TRAINING_RECORD, without_folder(record))
-        write_card(folder, self.hub_model_id, self.args.model_license)
-
-    def _tokens_per_step(self) -> int:
-        if self.train_dataset is None:
-            return 0
-        return self.get_total_train_batch_size(self.args) * self._row_length
-
-    @cached_property
-    def _row_length(self) -> int:
-        return len(first_rows(self.train_dataset, 1)[0]["input_ids"])
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._clock_stopped():
-            if self.args.should_save:
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / SESSION_FILE, {"train_seconds": self.train_seconds})
-            super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # what marks the checkpoint as complete is written next, by one process for all
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self._load_weights(Path(resume_from_checkpoint))
-        session = json.loads((Path(resume_from_checkpoint) / SESSION_FILE).read_text())
-        self.train_seconds = session["train_seconds"]
-
-    def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
-
-    def _load_weights(self, checkpoint: Path) -> None:
-        """Language model and heads, into the parameters that the optimizer already holds."""
-        saved = type(self.model).from_pretrained(checkpoint)
-        check_matches(saved.heads.configs, self.model.heads.configs)
-        load_full_state(self.model, saved.state_dict())
-
-
-class HeadUpkeep(TrainerCallback):
-    """Calls the trainer back where its loop has no method to override."""
-
-    def __init__(self, trainer: SAERegTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Initialise biases, unless the run goes on from a checkpoint."""
-        if state.global_step == 0 and args.b_dec_init != "zero":
-            self.trainer.initialise_biases()
-
-    def on_optimizer_step(
-        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count, steer, constrain, resample."""
-        self.trainer.after_optimizer_step()
 
 
 def _token_count(inputs: dict[str, Any]) -> int:

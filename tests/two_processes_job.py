@@ -30,7 +30,7 @@ from hf_saereg.heads.folder import load_head
 from hf_saereg.regularizer import TermOptions
 
 # where the trainer asks other processes, by the function that does
-REDUCTIONS = ("get_batch_samples", "after_optimizer_step", "log", "read", "evaluation_loop")
+REDUCTIONS = ("get_batch_samples", "on_optimizer_step", "log", "read", "evaluation_loop")
 # and where its base and DDP do
 OTHERS = ("number of predicted tokens", "gradients")
 MODES = ("lora", "lora_frozen_heads", "heads")

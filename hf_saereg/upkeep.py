@@ -1,0 +1,102 @@
+"""What happens to trained heads around optimizer steps: where they start, what they saw, new lives.
+
+Notable:
+- heads see what the tokens of all processes did: dead latents are counted and coefficients steered
+  alike everywhere
+"""
+
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from hf_saereg.corpora import first_rows
+from hf_saereg.heads.health import centre, resample
+from hf_saereg.regularizer import SiteTerm
+from hf_saereg.training_arguments import SAERegArguments
+
+
+class HeadUpkeep(TrainerCallback):
+    """Called back where the loop of a `Trainer` has no method to override.
+
+    Args:
+        trainer: of a model with heads.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        # per site, of the micro-batches since the last optimizer step: fired, tokens
+        self._unobserved: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last_inputs: dict[str, Any] = {}
+
+    def remember(self, inputs: dict[str, Any], sites: dict[str, SiteTerm]) -> None:
+        """Keep what a micro-batch did until its optimizer step is over.
+
+        Args:
+            inputs: of the model.
+            sites: what the heads made of them, by hook name.
+        """
+        self._last_inputs = inputs
+        for hook_name, site in sites.items():
+            seen = (site.losses.statistics.fired, site.losses.statistics.tokens)
+            if hook_name in self._unobserved:
+                seen = tuple(map(torch.add, self._unobserved[hook_name], seen))
+            self._unobserved[hook_name] = seen
+
+    def figures(self) -> dict[str, float]:
+        """Coefficient, and dead latents by tokens since each last fired, by `NAME/HOOK_NAME`."""
+        figures = {}
+        for head in self.trainer.model.heads:
+            figures[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
+            figures[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
+        return figures
+
+    def on_train_begin(
+        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start `b_dec` in the middle of the first training rows, unless the run is resumed."""
+        if state.global_step == 0 and args.b_dec_init != "zero":
+            self._initialise_biases(args)
+
+    def on_optimizer_step(
+        self, args: SAERegArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the heads see what all processes' tokens did in the step that is over."""
+        seen, self._unobserved = self.trainer.accelerator.reduce(self._unobserved), {}
+        for head in self.trainer.model.heads:
+            if head.config.hook_name in seen:
+                head.observe(*seen[head.config.hook_name])
+        step = state.global_step + 1
+        if args.resample_every and step % args.resample_every == 0:
+            self._resample(step)
+
+    def _resample(self, step: int) -> None:
+        activations = self._activations(self._last_inputs)
+        optimizer = self.trainer.optimizer.optimizer
+        generator = torch.Generator().manual_seed(step)
+        for head in self.trainer.model.heads:
+            resample(head, activations[head.config.hook_name], generator, optimizer)
+            for parameter in head.parameters():  # every process has other tokens
+                parameter.data = broadcast(parameter.data)
+
+    def _initialise_biases(self, args: SAERegArguments) -> None:
+        rows = first_rows(self.trainer.train_dataset, args.b_dec_init_rows)
+        inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+        for hook_name, x in self._activations(inputs).items():
+            head = self.trainer.model.heads[hook_name]
+            read = head.normalise(x.to(head.W_dec.dtype)).x
+            head.b_dec.data.copy_(centre(read, args.b_dec_init))
+
+    @torch.no_grad()
+    def _activations(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """(tokens, d_in) by hook name, without padding."""
+        with self.trainer.model.reading(self.trainer.model.heads.hook_names) as activations:
+            mask = inputs.get("attention_mask")
+            self.trainer.model.transformer(
+                inputs["input_ids"], attention_mask=mask, use_cache=False
+            )
+        if mask is None:
+            return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}
+        return {hook_name: x[mask.bool()] for hook_name, x in activations.items()}
