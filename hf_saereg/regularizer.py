@@ -111,9 +111,11 @@ class TermOptions:
                 )
 
     def warmup_factor(self, step: int) -> float:
-        """Weight of the term at a step, from 0."""
-        first, last = self.term_warmup
-        return min(1.0, max(0.0, (step - first + 1) / (last - first + 1)))
+        """Weight of the term in the step after `step` finished ones."""
+        (first, last), number = self.term_warmup, step + 1  # steps are counted from 1, as in a log
+        if not first < number < last:
+            return float(number >= last)
+        return (number - first) / (last - first)
 
     def sites_of_step(self, hook_names: Sequence[str], step: int) -> list[str]:
         """The sites of a step's term, in stream order: consecutive groups, in turn."""

@@ -46,11 +46,15 @@ class HeadUpkeep(TrainerCallback):
             self._unobserved[hook_name] = seen
 
     def figures(self) -> dict[str, float]:
-        """Coefficient, and dead latents by tokens since each last fired, by `NAME/HOOK_NAME`."""
+        """By `NAME/HOOK_NAME`: coefficient, dead latents, and whether a kernel skips idle latents.
+
+        A latent is dead by the tokens since it last fired; `sparse_kernel` is 0 or 1.
+        """
         figures = {}
         for head in self.trainer.model.heads:
             figures[f"coefficient/{head.config.hook_name}"] = float(head.coefficient)
             figures[f"dead_fraction/{head.config.hook_name}"] = head.dead.double().mean().item()
+            figures[f"sparse_kernel/{head.config.hook_name}"] = float(head.skips_idle_latents)
         return figures
 
     def on_train_begin(

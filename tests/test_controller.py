@@ -54,6 +54,17 @@ def test_thresholds_above_all_activations_come_down_to_them():
     assert all(l0 == pytest.approx(6, rel=0.1) for l0 in seen[-100:])
 
 
+@pytest.mark.parametrize("wrong", [0.5, 2.0])
+def test_a_long_time_off_the_target_does_not_wind_the_coefficient_up(wrong):
+    coefficient, smoothed = torch.tensor(0.3), torch.tensor(0.0)
+    for _ in range(20_000):
+        steer(coefficient, smoothed, torch.tensor(10 * wrong), 10)
+    assert coefficient in (pytest.approx(1e-6), pytest.approx(1e6))
+    for _ in range(1500):
+        steer(coefficient, smoothed, torch.tensor(10 / wrong), 10)
+    assert coefficient in (pytest.approx(1e-6), pytest.approx(1e6))  # the other one
+
+
 def test_a_batch_without_tokens_or_features_leaves_a_usable_coefficient():
     coefficient, smoothed = torch.tensor(0.3), torch.tensor(0.0)
     for _ in range(1000):

@@ -107,6 +107,32 @@ def test_a_resampled_latent_points_at_badly_reconstructed_tokens_and_fires(archi
         assert (head.encode(x)[:, :10] != 0).any(dim=0).all()
 
 
+def test_a_head_that_died_altogether_comes_back():
+    head = head_with("standard")
+    head.b_enc.data.fill_(-1e3)
+    head.tokens_since_fired[:] = 10**9
+    x = torch.randn(50, 8, dtype=torch.float64)
+    optimizer = torch.optim.Adam(head.parameters())
+    assert resample(head, x, torch.Generator().manual_seed(0), optimizer) == 20
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+    assert (head.encode(x) != 0).any(dim=0).all()
+
+
+@pytest.mark.parametrize(
+    "head", [head_with("batchtopk"), head_with("standard", normalization="variance")], ids=str
+)
+def test_running_averages_do_not_see_the_tokens_of_a_resampling(head):
+    x = torch.randn(50, 8, dtype=torch.float64)
+    head.losses(x)
+    head.tokens_since_fired[:3] = 10**9
+    names = ("running_threshold", "scale")
+    before = {name: b.clone() for name, b in head.named_buffers() if name in names}
+    resample(head, 3 * x, torch.Generator().manual_seed(0), torch.optim.Adam(head.parameters()))
+    assert before and head.training
+    for name, buffer in before.items():
+        assert torch.equal(head.get_buffer(name), buffer)
+
+
 def test_without_dead_latents_nothing_is_resampled():
     head = head_with()
     before = head.W_dec.detach().clone()

@@ -62,12 +62,18 @@ def test_the_dense_definition_is_the_same_in_chunks(architecture, autocast, monk
     assert max(errors) < (1e-2 if autocast else 1e-13)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", ["dense", "sparse"])
-def test_no_array_of_tokens_times_latents_is_ever_alive(architecture, kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "options"),
+    [
+        *((name, kernel, {}) for name in ARCHITECTURES for kernel in ("dense", "sparse")),
+        ("topk", "dense", {"auxk": 400, "dead_after_tokens": 1}),  # all are dead
+    ],
+)
+def test_no_array_of_tokens_times_latents_is_ever_alive(architecture, kernel, options, monkeypatch):
     monkeypatch.setattr(chunks, "CPU_ELEMENTS", 2**15)
-    head, x = head_and_tokens(architecture, 2000, 8, 512, k=10, dtype=torch.float32)
+    head, x = head_and_tokens(architecture, 2000, 8, 512, k=10, dtype=torch.float32, **options)
     with torch.no_grad():
+        head.tokens_since_fired += 1
         head.encoder_bias.sub_(5 if kernel == "sparse" else 0)
     with profile(profile_memory=True) as profiler:
         losses_and_gradients(head, x, kernel)

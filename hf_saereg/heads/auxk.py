@@ -3,12 +3,14 @@
 See: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section 2.4.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_saereg import kernels
+from hf_saereg.kernels.chunks import chunk_size, in_chunks
 from hf_saereg.kernels.codes import LargestK
 
 if TYPE_CHECKING:
@@ -32,10 +34,14 @@ def auxk_loss(head: "SAEHead", centred: Tensor, error: Tensor) -> Tensor:
     k = min(head.config.auxk, len(dead))
     selection = LargestK(k)
     weight, bias = head.encoder_weight.index_select(1, dead), head.encoder_bias[dead]
+    W_dec, origin = head.W_dec.index_select(0, dead), torch.zeros_like(head.b_dec)
     kernel = kernels.pick(head.kernel, k / len(dead), weight)
-    codes = kernel.encode(centred, weight, bias, selection)
-    origin = torch.zeros_like(head.b_dec)
-    error_hat = kernel.decode(
-        torch.relu(codes.pre), codes, head.W_dec.index_select(0, dead), origin
-    )  # (tokens, d_in)
+
+    def one_pass(centred: Tensor) -> tuple[Tensor]:
+        codes = kernel.encode(centred, weight, bias, selection)
+        return (kernel.decode(torch.relu(codes.pre), codes, W_dec, origin),)
+
+    if kernel is kernels.dense:
+        one_pass = partial(in_chunks, one_pass, chunk_size(centred, len(dead)))
+    (error_hat,) = one_pass(centred)  # (tokens, d_in)
     return head.config.auxk_coefficient * (error - error_hat).square().sum()

@@ -421,6 +421,11 @@ class SAEHead(nn.Module, ABC):
         """Give every row of `W_dec` norm 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
+    @property
+    def skips_idle_latents(self) -> bool:
+        """Whether the kernel in use does work for active latents alone past the encoder."""
+        return bool(self.was_sparse) if self.kernel == "auto" else self.kernel != "dense"
+
     @torch.no_grad()
     def _pick(self, centred: Tensor, selection: Selection) -> ModuleType:
         """The kernel for these tokens; a change of mind in training is logged and remembered."""

@@ -19,6 +19,7 @@ INTEGRAL = 0.08  # a step; a batch a tenth too dense raises the coefficient by 0
 LARGEST_DRIFT = 0.25  # of e in the integral part: c grows by 2 % a step at most
 LARGEST_ERROR = 1.0  # farther away only the integral part acts
 SMOOTHING = 0.8
+COEFFICIENTS = (1e-6, 1e6)  # farther away it would take as long to come back
 SMALLEST_L0 = 0.01  # below it nothing more is to be learnt from a logarithm
 FIRST_COEFFICIENT = 0.01  # where none was given; the way to the right one takes a few hundred steps
 
@@ -38,6 +39,7 @@ def steer(coefficient: Tensor, smoothed_l0: Tensor, l0: Tensor, target: float) -
     error, error_before = (log_error(value, target) for value in (smoothed_l0, before))
     drift = error.clamp(-LARGEST_DRIFT, LARGEST_DRIFT)
     coefficient.mul_((PROPORTIONAL * (error - error_before) + INTEGRAL * drift).exp())
+    coefficient.clamp_(*COEFFICIENTS)
 
 
 def log_error(l0: Tensor, target: float) -> Tensor:

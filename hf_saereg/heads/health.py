@@ -59,15 +59,18 @@ def resample(
     dead = head.dead.nonzero().squeeze(1)  # (dead,)
     if len(dead) == 0 or len(x) == 0:
         return 0
-    read = head.normalise(x.to(head.W_dec.dtype)).x
-    features = head.encode(x.to(head.W_dec.dtype))
-    errors = read - (features @ head.W_dec + head.b_dec)  # (tokens, d_in)
+    training = head.training
+    head.eval()  # the step's running averages have seen these tokens
+    x = x.to(head.W_dec.dtype)
+    errors = (x - head.reconstruct(x).x_hat) / head.normalise(x).scale  # (tokens, d_in)
+    head.train(training)
     odds = errors.square().sum(dim=1).cpu().double()
     drawn = torch.multinomial(odds, len(dead), replacement=True, generator=generator)
     directions = errors[drawn.to(errors.device)]
     directions /= directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
-    living_norm = head.encoder_weight[:, ~head.dead].norm(dim=0).mean()
+    living = ~head.dead if not head.dead.all() else head.dead  # without any, as the dead ones are
+    living_norm = head.encoder_weight[:, living].norm(dim=0).mean()
     fresh = type(head)(head.config).to(head.W_dec)
     for name, parameter in head.named_parameters():
         if name == "W_dec":
