@@ -29,7 +29,7 @@ from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_savable
 from hf_saereg.meter import NormMeter, TermMeter
 from hf_saereg.modeling import SAERegOutput
-from hf_saereg.progress import ReadableProgress
+from hf_saereg.progress import ReadablePrinter, ReadableProgress
 from hf_saereg.recording import RecordingTrainer
 from hf_saereg.reference import Reference
 from hf_saereg.splicing import Splice
@@ -83,8 +83,12 @@ class SAERegTrainer(RecordingTrainer):
         self._upkeep = HeadUpkeep(self)
         if self.model.heads and not self._splices:
             self.add_callback(self._upkeep)
-        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):
-            self.add_callback(ReadableProgress())
+        for theirs, ours in (
+            (ProgressCallback, ReadableProgress),
+            (PrinterCallback, ReadablePrinter),
+        ):
+            if self.pop_callback(theirs):
+                self.add_callback(ours())
 
     def _new_splices(self) -> dict[str, Splice]:
         """The heads in the place of their sites, where they are frozen."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_saereg.corpora import first_rows
+from hf_saereg.errors import UserError
 from hf_saereg.heads.health import centre, resample
 from hf_saereg.regularizer import SiteTerm
 from hf_saereg.training_arguments import SAERegArguments
@@ -86,6 +87,12 @@ class HeadUpkeep(TrainerCallback):
                 parameter.data = broadcast(parameter.data)
 
     def _initialise_biases(self, args: SAERegArguments) -> None:
+        for head in self.trainer.model.heads:
+            if head.b_dec.any():
+                raise UserError(
+                    f"b_dec_init is {args.b_dec_init}, but the head at {head.config.hook_name} has "
+                    "a trained b_dec already; leave b_dec_init out."
+                )
         rows = first_rows(self.trainer.train_dataset, args.b_dec_init_rows)
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         for hook_name, x in self._activations(inputs).items():

@@ -22,18 +22,20 @@ from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
+OPTION_CLASSES = (
+    SAERegArguments,
+    BaseModelArguments,
+    AdaptationArguments,
+    HeadsArguments,
+    TermOptions,
+    CorpusArguments,
+)
+
 
 def main() -> None:
     """Run the training that the options describe."""
     start = time.monotonic()
-    parsed = parse_options(
-        SAERegArguments,
-        BaseModelArguments,
-        AdaptationArguments,
-        HeadsArguments,
-        TermOptions,
-        CorpusArguments,
-    )
+    parsed = parse_options(*OPTION_CLASSES)
     arguments, base, adaptation, heads, term, corpus = parsed
     options, folder = as_record(parsed), Path(arguments.output_dir)
 

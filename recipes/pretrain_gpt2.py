@@ -30,12 +30,13 @@ class VocabularyArguments:
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the BPE."})
 
 
+OPTION_CLASSES = (SAERegArguments, CorpusArguments, CharacterModelArguments, VocabularyArguments)
+
+
 def main() -> None:
     """Run the training that the options describe."""
     start = time.monotonic()
-    parsed = parse_options(
-        SAERegArguments, CorpusArguments, CharacterModelArguments, VocabularyArguments
-    )
+    parsed = parse_options(*OPTION_CLASSES)
     arguments, corpus, shape, vocabulary = parsed
     options, folder = as_record(parsed), Path(arguments.output_dir)
 

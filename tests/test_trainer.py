@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -706,3 +707,33 @@ def test_an_evaluation_that_is_not_finite_stops_too(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(NonFiniteLossError, match=rf"step 2 the term at {SITES[1]} is nan"):
         non_finite(tmp_path, one_head, **options).train()
+
+
+def test_b_dec_starts_in_the_middle_of_the_first_rows(tmp_path):
+    model = tiny_model(heads())
+    args = arguments(tmp_path, b_dec_init="mean", b_dec_init_rows=3, learning_rate=0.0)
+    trainer(model, args).train()
+    first = collate([rows()[i] for i in range(3)])
+    with torch.no_grad(), model.reading(SITES) as activations:
+        model(first["input_ids"], attention_mask=first.get("attention_mask"))
+    real = first.get("attention_mask", torch.ones_like(first["input_ids"])).bool()
+    for site in SITES:
+        expected = activations[site][real].mean(dim=0)
+        torch.testing.assert_close(model.heads[site].b_dec.data, expected)
+
+
+def test_a_trained_b_dec_is_not_started_anew(tmp_path):
+    model = tiny_model(heads())
+    model.heads[SITES[1]].b_dec.data.fill_(1.0)
+    with pytest.raises(UserError, match=f"b_dec_init is mean, .* {SITES[1]} has a trained b_dec"):
+        trainer(model, arguments(tmp_path, b_dec_init="mean")).train()
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_figures_of_all_sites_stand_side_by_side(tmp_path, capsys, disable_tqdm):
+    trainer(tiny_model(heads()), arguments(tmp_path, disable_tqdm=disable_tqdm)).train()
+    printed = capsys.readouterr()
+    (line,) = [part for part in printed.out.splitlines() if part.startswith("step 1 | loss ")]
+    (figure,) = re.findall(r" l0 ([^|]*) \|", line)
+    assert len(figure.split()) == len(heads())
+    assert ("%|" in printed.err) == (not disable_tqdm)
