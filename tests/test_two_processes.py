@@ -81,7 +81,7 @@ def test_only_the_main_process_describes_a_folder(folder):
     assert found(folder, "whole", rank=1)["described"] == set()
 
 
-@pytest.mark.parametrize("name", ["whole", *MODES])
+@pytest.mark.parametrize("name", ["whole", "plain", *MODES])
 def test_they_train_what_one_trains_that_accumulates(folder, one, name):
     assert differences(found(folder, name), one[name]) == []
     assert differences(found(folder, name, rank=1) | {"log": []}, one[name] | {"log": []}) == []
@@ -97,6 +97,20 @@ def test_they_train_what_one_trains_that_accumulates(folder, one, name):
 @pytest.mark.parametrize("reduction", REDUCTIONS + OTHERS)
 def test_without_any_one_reduction_they_do_not(folder, one, reduction):
     assert differences(found(folder, f"without {reduction}"), one["whole"])
+
+
+def test_without_heads_norms_are_of_both_processes_tokens(folder, one):
+    assert any(name.startswith("x_norm/") for log in one["plain"]["log"] for name in log)
+    assert differences(found(folder, "plain without read"), one["plain"])
+
+
+def test_both_resample_alike_although_their_tokens_differ(folder):
+    def unequal(name):
+        first, second = (found(folder, name, rank)["state"] for rank in (0, 1))
+        return [n for n, tensor in first.items() if not torch.equal(tensor, second[n])]
+
+    assert unequal("resampled") == []
+    assert any(name.startswith("heads.") for name in unequal("resampled without broadcast"))
 
 
 def test_a_resumed_training_ends_on_the_same_bits(folder):

@@ -25,6 +25,7 @@ from training_job import (
 )
 from transformers import Trainer
 
+from hf_saereg import upkeep
 from hf_saereg.adaptation import AdaptationArguments, adapt
 from hf_saereg.heads.folder import load_head
 from hf_saereg.regularizer import TermOptions
@@ -100,7 +101,10 @@ def without(reduction):
     def own_number(self, samples, device):
         return sum((sample["labels"][:, 1:] != -100).sum() for sample in samples)
 
+    broadcast = upkeep.broadcast
     Accelerator.reduce = own
+    if reduction == "broadcast":
+        upkeep.broadcast = lambda tensor: tensor
     if reduction == "gradients":
         DistributedDataParallel.forward = unsynchronised
     if reduction == "number of predicted tokens":
@@ -110,12 +114,14 @@ def without(reduction):
     finally:
         Accelerator.reduce, DistributedDataParallel.forward = reduce, forward
         Trainer._get_num_items_in_batch = number
+        upkeep.broadcast = broadcast
 
 
 def trainings(folder, **options):
     """By name."""
     shared = folder / "shared"  # the second process writes its random state alone
     yield "whole", train(upkept(), shared, save_strategy="steps", save_steps=2, **options)
+    yield "plain", train(tiny_model(), folder / "plain", **options)
     for mode in MODES:
         own = options | {"anchor_weight": 2.0 if mode == "lora" else 0.0, "eval_base": True}
         yield mode, train(in_mode(mode, folder / "heads"), folder / mode, **own)
@@ -128,6 +134,12 @@ def on_two(folder):
     for reduction in REDUCTIONS + OTHERS:
         with without(reduction):
             yield f"without {reduction}", train(upkept(), folder / "without")
+    with without("read"):
+        yield "plain without read", train(tiny_model(), folder / "without")
+    yield "resampled", train(upkept(), folder / "resampled", resample_every=2)
+    with without("broadcast"):
+        own = train(upkept(), folder / "without", resample_every=2)
+        yield "resampled without broadcast", own
 
 
 if __name__ == "__main__":
