@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 		--resume_from_checkpoint true
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
