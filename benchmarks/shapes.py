@@ -50,7 +50,7 @@ class Shape:
         """The packaged plays, one character a token, in order: (batches, sequences, sequence)."""
         sequence = min(self.context, tokens)
         blocks = load_blocks(CorpusArguments(block_size=sequence), character_tokenizer(sequence))
-        ids = torch.tensor(blocks["train"]["input_ids"])
+        ids = blocks["train"].with_format("torch")[:]["input_ids"]
         sequences = tokens // sequence
         return ids[: len(ids) // sequences * sequences].view(-1, sequences, sequence)
 
