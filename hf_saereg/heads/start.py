@@ -72,6 +72,7 @@ def _started(config: SAEHeadConfig, trained: SAEHead, source: str | Path) -> SAE
             f"The head on {config.hook_name} in {source} was trained with normalization "
             f"{trained.config.normalization}; it must be layer_norm for both or for neither."
         )
+    config.for_trained(trained.config, source)
     head = make_head(config)
     head.load_saelens_weights(trained.saelens_weights())
     return head
