@@ -16,6 +16,7 @@ _MODULES = {
     "SAERegGPT2LMHeadModel": "modeling",
     "SAERegOutput": "modeling",
     "SAERegTrainer": "trainer",
+    "SkipOptions": "heads",
     "adapt": "adaptation",
     "character_tokenizer": "corpora",
     "load_blocks": "corpora",

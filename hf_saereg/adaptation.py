@@ -92,6 +92,8 @@ def adapt(
             "The model has an adapter already; merge_and_unload() and save it, and start from that."
         )
     if mode == "plain":
+        for config in heads[:1]:  # its norms are those of the tokens that the others read
+            model.skip_over(config)
         return
     if mode == "heads" and any(getattr(model.config, name) for name in DROPOUTS):
         raise AdaptationError(

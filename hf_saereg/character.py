@@ -92,6 +92,7 @@ class CharacterJob:
     def new_model(self, name: str) -> SAERegGPT2LMHeadModel:
         """The model `plain` or `regularized` before training; only the latter has heads."""
         model = SAERegGPT2LMHeadModel(self.config)
+        model.skip_over(self.heads)
         if name == "regularized":
             model.attach_heads(self.heads.head_configs(self.config), self.term)
         return model
@@ -114,7 +115,9 @@ class CharacterJob:
             figures = trainer.train_to_the_end(start)  # published by `publish`
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
-        return SAERegGPT2LMHeadModel.from_pretrained(folder).to(arguments.device), figures
+        model = SAERegGPT2LMHeadModel.from_pretrained(folder)
+        model.skip_over(self.heads)  # which the plain model's folder does not say
+        return model.to(arguments.device), figures
 
     def untrained(self) -> tuple[SAERegGPT2LMHeadModel, dict[str, float | None]]:
         """The plain model as it starts, and figures as of a training; nothing is saved."""

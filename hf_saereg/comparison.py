@@ -15,6 +15,7 @@ from hf_saereg.configuration import HeadsArguments, gpt2_hook_names
 from hf_saereg.corpora import CorpusArguments
 from hf_saereg.fresh import score_model
 from hf_saereg.grid import FreshHeadsArguments
+from hf_saereg.heads import SkipOptions
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import command_line, package_versions
 
@@ -91,7 +92,7 @@ def describe_setup(
         "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.n_positions}",
         "regularizer": f"{heads.architecture} heads, d_sae {_listed(heads.d_sae)}, "
-        f"{_sparsity(heads)}, λ {_listed(heads.reconstruction_weight)}",
+        f"{_sparsity(heads)}, λ {_listed(heads.reconstruction_weight)}{_skipped(heads)}",
         "fresh": f"{', '.join(cell.name for cell in fresh.cells(arguments.seed))}; "
         f"d_sae {_listed(dict.fromkeys(fresh_d_sae))}, "
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
@@ -108,6 +109,10 @@ def _sparsity(heads: HeadsArguments) -> str:
     names = {"k": "k", "target_l0": "target L0", "sparsity_coefficient": "c"}
     option = next(option for option in names if values[option][0] is not None)
     return f"{names[option]} {_listed(values[option])}"
+
+
+def _skipped(heads: HeadsArguments) -> str:
+    return "" if heads.skip == SkipOptions() else f", {heads.skip_in_words}"
 
 
 def _listed(values: Iterable[float]) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from transformers import GPT2Config, PreTrainedTokenizerBase
 
-from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig, SkipOptions, family_named
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def gpt2_hook_names(n_layer: int) -> list[str]:
 
 
 @dataclass
-class HeadsArguments:
+class HeadsArguments(SkipOptions):
     """Options that describe the heads of one model.
 
     Every list takes one value for all sites or one value a site.

@@ -8,6 +8,7 @@ Notable:
 - a block counts once, at its strongest token, so that a latent's contexts are different ones
 - several heads, of one model or of two, read the same tokens: which latents fire together is
   counted on the way
+- a token that the model's `token_mask` leaves out fires nothing and is not counted
 - logits: the unit decoder direction, centred as a layer norm centres it and multiplied by the
   weight of `ln_f`, through the unembedding; ln_f's division by the norm and all later blocks are
   left out, and the mean over the vocabulary is subtracted, which no softmax sees
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_saereg.fidelity import Batch
 from hf_saereg.heads import SAEHead
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 NEIGHBOURS = 5
@@ -78,11 +80,18 @@ class Reader:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
-        """(batch, sequence, d_sae) latents."""
-        hook_name = self.head.config.hook_name
+        """(batch, sequence, d_sae) latents; 0 at a token that is not read."""
+        hook_name, input_ids = self.head.config.hook_name, batch["input_ids"].to(self.model.device)
         with self.model.reading([hook_name]) as activations:
-            self.model.transformer(batch["input_ids"].to(self.model.device), use_cache=False)
-        return self.head.encode(activations[hook_name].to(self.head.W_dec.dtype))
+            self.model.transformer(input_ids, use_cache=False)
+        mask = self.model.token_mask({"input_ids": input_ids})
+        x = tokens_read(activations[hook_name], mask)  # (tokens, d_in)
+        read = self.head.encode(x.to(self.head.W_dec.dtype))  # (tokens, d_sae)
+        if mask is None:
+            return read.view(*input_ids.shape, -1)
+        latents = read.new_zeros(*input_ids.shape, read.shape[-1])
+        latents[mask] = read
+        return latents
 
 
 class Survey(NamedTuple):
@@ -113,12 +122,13 @@ class Survey(NamedTuple):
         places = [torch.zeros(d_sae, contexts, dtype=torch.int64) for _ in range(2)]
         return cls(0, *sums, torch.full((d_sae, contexts), -torch.inf), *places)
 
-    def with_batch(self, latents: Tensor, first_block: int) -> "Survey":
+    def with_batch(self, latents: Tensor, first_block: int, tokens: int) -> "Survey":
         """And of another batch.
 
         Args:
             latents: (batch, sequence, d_sae).
             first_block: number of its first row.
+            tokens: how many of them were read; the latents of the others are 0.
         """
         flat = latents.flatten(0, 1)  # (tokens, d_sae)
         peaks = latents.max(dim=1)  # (batch, d_sae)
@@ -128,7 +138,7 @@ class Survey(NamedTuple):
         positions = torch.cat([self.positions, peaks.indices.T.cpu()], dim=1)
         best = largest.topk(self.largest.shape[1], dim=1)
         return Survey(
-            self.tokens + len(flat),
+            self.tokens + tokens,
             self.fired + (flat != 0).sum(dim=0).cpu(),
             self.total + flat.sum(dim=0, dtype=torch.float64).cpu(),
             self.squares + flat.double().square().sum(dim=0).cpu(),
@@ -160,8 +170,8 @@ def survey(
     """One pass over the text with all readers.
 
     Args:
-        readers: one, or two that are compared.
-        batches: text, all rows equally long.
+        readers: one, or two that are compared; their models skip the same tokens.
+        batches: text, all rows equally long, without padding.
         contexts: strongest blocks kept of a latent.
 
     Returns:
@@ -173,7 +183,8 @@ def survey(
     for batch in batches:
         latents = [reader.encode(batch) for reader in readers]
         surveys = [
-            own.with_batch(features, block) for own, features in zip(surveys, latents, strict=True)
+            own.with_batch(features, block, reader.model.token_count(batch))
+            for own, features, reader in zip(surveys, latents, readers, strict=True)
         ]
         if len(readers) == 2:
             first, second = (features.flatten(0, 1).double() for features in latents)

@@ -5,8 +5,10 @@
 Notable:
 - means are over predicted tokens, sums over batches and processes are kept in double precision:
   every process takes every n-th batch, so the number of processes changes nothing but the time
-- one mask: padding is neither read, replaced nor counted, and the first token after padding on the
-  left, predicted from padding, does not count either (`labels` alone would count it)
+- one mask, the model's `token_mask`: padding, and what the heads skip, is neither read nor replaced
+  nor counted, by an ablation as little as by a head
+- CE and KL are over all predicted tokens; the first one after padding on the left, predicted from
+  padding, does not count (`labels` alone would count it)
 - the scores themselves, and what each figure is, are in `scores.py`
 """
 
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from hf_saereg.errors import UserError
+from hf_saereg.heads import SAEHeadConfig, SkipOptions
 from hf_saereg.heads.bank import HeadBank
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.scores import Baselines, Effect, Fidelity, SiteFidelity
-from hf_saereg.sites import SiteFunction
-from hf_saereg.splicing import Splice
+from hf_saereg.splicing import Ablation, Splice
 
 Batch = dict[str, Tensor]  # input_ids and labels, (batch, sequence); attention_mask where padded
 K = TypeVar("K", bound=Hashable)
@@ -82,10 +85,14 @@ def fidelity_of_each(
         batches: as `fidelity` takes them.
         base: of the model on the same batches.
         accelerator: whose processes share the work; every process must call this.
+
+    Raises:
+        FidelityError: if heads were trained to skip other tokens than the model does.
     """
     splices: dict[tuple[K, str], dict[str, Splice]] = {}
     for key, bank in banks.items():
         for head in bank:
+            _check_skips(model, head.config)
             splices[key, head.config.hook_name] = {head.config.hook_name: Splice(head)}
         splices[key, COMPOUND] = {head.config.hook_name: Splice(head) for head in bank}
     shifts = _predictions(model, splices, batches, accelerator)
@@ -136,13 +143,9 @@ def baselines(
         accelerator: whose processes share the work; every process must call this.
     """
     moments = _moments(model, batches, accelerator)
-    # position and padding do not matter here: every position gets the same mean
-    means: dict[str, SiteFunction] = {
-        hook_name: lambda x, mean=site.mean: mean.to(x.dtype).expand_as(x)
-        for hook_name, site in moments.items()
-    }
-    zeros: dict[str, SiteFunction] = dict.fromkeys(means, torch.zeros_like)
-    trials: dict[Hashable, dict[str, SiteFunction]] = {CLEAN: {}}
+    means = {hook_name: Ablation(site.mean) for hook_name, site in moments.items()}
+    zeros = {name: Ablation(torch.zeros_like(site.mean)) for name, site in moments.items()}
+    trials: dict[Hashable, dict[str, Ablation]] = {CLEAN: {}}
     for kind, ablations in (("mean", means), ("zero", zeros)):
         trials |= {(kind, name): {name: ablation} for name, ablation in ablations.items()}
         trials[kind, COMPOUND] = ablations
@@ -161,6 +164,14 @@ def baselines(
     )
 
 
+def _check_skips(model: SAERegGPT2LMHeadModel, config: SAEHeadConfig) -> None:
+    if config.skip not in (SkipOptions(), model.skip):
+        raise FidelityError(
+            f"The head on {config.hook_name} was trained with {config.skip_in_words}, the model is "
+            f"read with {model.skip.skip_in_words}; call model.skip_over(head.config)."
+        )
+
+
 class _Shift(NamedTuple):
     """CE and KL(original ‖ replaced), means over predicted tokens."""
 
@@ -170,11 +181,11 @@ class _Shift(NamedTuple):
 
 def _predictions(
     model: SAERegGPT2LMHeadModel,
-    trials: Mapping[K, Mapping[str, SiteFunction]],
+    trials: Mapping[K, Mapping[str, Splice | Ablation]],
     batches: Iterable[Batch],
     accelerator: Accelerator | None,
 ) -> dict[K, _Shift]:
-    """CE and KL with functions at the sites, by trial."""
+    """CE and KL with replacements at the sites, by trial."""
     zero = torch.zeros((), dtype=torch.float64, device=model.device)
     sums = {trial: [zero, zero] for trial in trials}  # of CE and KL
     count = torch.zeros((), dtype=torch.int64, device=model.device)
@@ -183,8 +194,8 @@ def _predictions(
         targets = batch["labels"][:, 1:][positions].unsqueeze(1)  # (predicted, 1)
         clean = _log_probabilities(model, batch, positions, {})  # (predicted, vocabulary)
         count = count + len(targets)
-        for trial, functions in trials.items():
-            log_p = _log_probabilities(model, batch, positions, functions) if functions else clean
+        for trial, own in trials.items():
+            log_p = _log_probabilities(model, batch, positions, own) if own else clean
             ce = -log_p.gather(1, targets).sum(dtype=torch.float64)
             kl = kl_div(log_p, clean, log_target=True, reduction="none").sum(dtype=torch.float64)
             sums[trial] = [sums[trial][0] + ce, sums[trial][1] + kl]
@@ -200,22 +211,24 @@ def _log_probabilities(
     model: SAERegGPT2LMHeadModel,
     batch: Batch,
     positions: Tensor,
-    functions: Mapping[str, SiteFunction],
+    replacements: Mapping[str, Splice | Ablation],
 ) -> Tensor:
-    mask = batch.get("attention_mask")
-    for function in functions.values():
-        if isinstance(function, Splice):
-            function.mask = mask
-    with model.at_sites(functions):
+    mask = model.token_mask(batch) if replacements else None
+    for replacement in replacements.values():
+        replacement.mask = mask
+    with model.at_sites(replacements):
         logits = model(
-            input_ids=batch["input_ids"], attention_mask=mask, compute_term=False, use_cache=False
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            compute_term=False,
+            use_cache=False,
         ).logits
     predicted = logits[:, :-1][positions]  # (predicted, vocabulary)
     return predicted.to(torch.promote_types(predicted.dtype, torch.float32)).log_softmax(-1)
 
 
 class _Moments(NamedTuple):
-    """Sums over the tokens of one site, in double precision."""
+    """Sums over the tokens of one site that are read, in double precision."""
 
     tokens: Tensor  # ()
     norm: Tensor  # () of ‖x‖
@@ -235,14 +248,14 @@ def _moments(
     zeros = [torch.zeros(size, dtype=torch.float64, device=model.device) for size in sizes]
     moments = {hook_name: _Moments(*zeros) for hook_name in model.hook_names}
     for batch in _share(model, batches, accelerator):
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        mask = model.token_mask(batch)
         with model.reading(model.hook_names) as activations:
             model.transformer(
                 batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
             )
         for hook_name, x in activations.items():
-            x = x[mask].double()  # (tokens, d_in)
-            own = (mask.sum().double(), x.norm(dim=-1).sum(), x.sum(dim=0), x.T @ x)
+            x = tokens_read(x, mask).double()  # (tokens, d_in)
+            own = (x.new_tensor(len(x)), x.norm(dim=-1).sum(), x.sum(dim=0), x.T @ x)
             moments[hook_name] = _Moments(*map(torch.add, moments[hook_name], own))
     return _over_processes(moments, accelerator)
 

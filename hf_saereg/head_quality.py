@@ -5,6 +5,7 @@
 Notable:
 - seeds of one cell are compared with each other; a narrow head is made up from the next wider one
   of the same family, sparsity and seed; what has no counterpart has no row
+- tokens that the model's `token_mask` leaves out are not counted
 - only latents that fire on the text count as directions
 - one head's counts are in memory at a time, for they are as large as d_sae squared
 """
@@ -24,6 +25,7 @@ from hf_saereg.errors import UserError
 from hf_saereg.fidelity import Batch
 from hf_saereg.heads import SAEHead
 from hf_saereg.heads.folder import load_head
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.quality import (
     FiringCounts,
@@ -154,6 +156,7 @@ def measure_model(
     ) as bar:
         for hook_name in model.hook_names:
             activations = _activations(model, hook_name, batches)
+            masks = [model.token_mask(batch) for batch in batches]
             measured = []
             for own in sets:
                 bar.update()
@@ -161,7 +164,7 @@ def measure_model(
                 if head is None:
                     continue
                 labels = own.labels | {"site": hook_name, "d_sae": head.config.d_sae}
-                counts = _count(head, activations, members)
+                counts = _count(head, activations, masks, members)
                 rows["heads"].append({"model": name, **labels, **_figures(counts)})
                 living = head.W_dec.detach().cpu()[counts.fired > 0]  # (living, d_in)
                 if len(living):
@@ -186,16 +189,21 @@ def _activations(
 
 @torch.no_grad()
 def _count(
-    head: SAEHead, activations: Sequence[Tensor], members: Mapping[str, Tensor]
+    head: SAEHead,
+    activations: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    members: Mapping[str, Tensor],
 ) -> FiringCounts:
     counts, block = FiringCounts(head.config.d_sae, list(members)), 0
-    for x in activations:
-        latents = head.encode(x.to(head.W_dec.dtype))  # (batch, sequence, d_sae)
+    for x, mask in zip(activations, masks, strict=True):
+        latents = head.encode(tokens_read(x, mask).to(head.W_dec.dtype))  # (tokens, d_sae)
         rows = torch.arange(block, block + len(x))
+        labels = {name: tokens_read(own[rows], mask) for name, own in members.items()}
+        halves = tokens_read((rows % 2)[:, None].expand(x.shape[:2]), mask)  # (tokens,)
         for half in (0, 1):
-            of_half = rows % 2 == half
-            own = {name: labels[rows[of_half]].flatten() for name, labels in members.items()}
-            counts.update(latents[of_half.to(latents.device)].flatten(0, 1), own, half)
+            of_half = halves == half
+            own = {name: of_token[of_half] for name, of_token in labels.items()}
+            counts.update(latents[of_half.to(latents.device)], own, half)
         block += len(x)
     return counts
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_saereg.heads import SiteStatistics
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.regularizer import SiteTerm
 from hf_saereg.sites import SitedGPT2LMHeadModel, SiteFunction
 
@@ -70,13 +71,13 @@ class NormMeter:
 
         Args:
             model: whose sites are read.
-            mask: (batch, sequence), non-zero where a token counts; None when all do.
+            mask: (batch, sequence), true where a token is read; None where all are.
         """
         norms: dict[str, Tensor] = {}
         with model.at_sites({name: _norms_into(norms, name) for name in model.hook_names}):
             yield
         for hook_name, own in norms.items():
-            counted = own.flatten() if mask is None else own[mask.bool()]
+            counted = tokens_read(own, mask)
             number = torch.tensor(counted.numel(), device=counted.device)
             total, tokens = self._sites.get(hook_name, (0, 0))
             self._sites[hook_name] = (total + counted.sum(), tokens + number)

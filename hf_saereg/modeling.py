@@ -6,9 +6,11 @@ Notable:
 - heads are attached after `transformers` has loaded and initialised the language model, so neither
   can touch the other's weights
 - what is saved at the root is a plain `GPT2LMHeadModel`; the heads go to `saes/`
+- `token_mask` says of every batch which tokens are read, in training and evaluation alike; what it
+  leaves out beside padding comes with the heads, or is told to a model without them
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +29,7 @@ from hf_saereg.adapters import Adapted
 from hf_saereg.cards import publish
 from hf_saereg.checkpoint import CheckpointError, find_checkpoint
 from hf_saereg.divergence import kl_of_predictions
-from hf_saereg.heads import HeadConfigError, SAEHead, SAEHeadConfig, make_head
+from hf_saereg.heads import HeadConfigError, SAEHead, SAEHeadConfig, SkipOptions, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import (
     check_matches,
@@ -36,6 +38,7 @@ from hf_saereg.heads.folder import (
     save_heads,
     saved_hook_names,
 )
+from hf_saereg.heads.tokens import token_mask, tokens_read
 from hf_saereg.hub import HUB_OPTIONS, PushArguments
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
 from hf_saereg.sites import SitedGPT2LMHeadModel
@@ -72,6 +75,7 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         self.loss_type = "ForCausalLM"  # transformers guesses it from the names of its own classes
         self.heads = HeadBank()
         self.term = TermOptions()  # how the term is computed in training
+        self.skip = SkipOptions()  # which tokens are not read, beside padding
 
     def attach_heads(
         self, configs: Iterable[SAEHeadConfig], term: TermOptions | None = None
@@ -98,7 +102,8 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
             heads: one a site, in stream order; from wherever they come.
 
         Raises:
-            HeadConfigError: if a site or width is not this model's, or two heads sit on one site.
+            HeadConfigError: if a site or width is not this model's, two heads sit on one site, or
+                they skip different tokens.
         """
         bank = HeadBank(heads)
         for config in bank.configs:
@@ -112,7 +117,43 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
                     f"The head on {config.hook_name} reads {config.d_in} dimensions, "
                     f"the model's stream has {self.config.n_embd}."
                 )
+            if config.skip != bank.configs[0].skip:
+                raise HeadConfigError(
+                    f"The head on {config.hook_name} has {config.skip_in_words}, that on "
+                    f"{bank.configs[0].hook_name} {bank.configs[0].skip_in_words}; give all heads "
+                    "of a model the same."
+                )
+        if bank:
+            self.skip_over(bank.configs[0])
         self.heads = bank.to(self.device).train(self.training)
+
+    def skip_over(self, options: SkipOptions) -> None:
+        """Leave these tokens out wherever activations are read or replaced, from here on.
+
+        Args:
+            options: in place of those of the heads, which do this where they are placed.
+
+        Raises:
+            HeadConfigError: if the model has no such tokens.
+        """
+        options.check_vocabulary(self.config.vocab_size)
+        self.skip = options.skip
+
+    def token_mask(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """(batch, sequence) bool, true where a token is read; None where all are.
+
+        Args:
+            inputs: `input_ids`, and `attention_mask` where there is padding.
+        """
+        return token_mask(self.skip, inputs["input_ids"], inputs.get("attention_mask"))
+
+    def token_count(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many tokens of a batch are read.
+
+        Args:
+            inputs: as `token_mask` takes them.
+        """
+        return tokens_read(inputs["input_ids"], self.token_mask(inputs)).numel()
 
     @can_return_tuple
     def forward(
@@ -139,6 +180,7 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
 
         Raises:
             ValueError: if the term is asked for with a mask that is not (batch, sequence).
+            HeadConfigError: if it skips token ids, and was given embeddings in their place.
         """
         if compute_term is None:
             compute_term = labels is not None and len(self.heads) > 0
@@ -151,7 +193,13 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
             )
         if not read:
             return SAERegOutput(**output)
-        mask = _token_mask(attention_mask, activations[read[0]])
+        if input_ids is None and self.skip.skip_tokens:
+            raise HeadConfigError(
+                f"skip_tokens is {self.skip.skip_tokens}, but the model was given embeddings; give "
+                "it input_ids, or heads that skip no token by its id."
+            )
+        ids = activations[read[0]][..., 0] if input_ids is None else input_ids
+        mask = self.token_mask({"input_ids": ids, "attention_mask": attention_mask})
         kept = None
         if self.training:
             tokens = activations[read[0]][..., 0].numel() if mask is None else int(mask.sum())
@@ -334,19 +382,6 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         order = {hook_name: i for i, hook_name in enumerate(self.hook_names)}
         loaded.sort(key=lambda head: order.get(head.config.hook_name, -1))
         self.place_heads(loaded)
-
-
-def _token_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """(batch, sequence) where a token of x, (batch, sequence, d_in), counts; None when all do."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; the heads need "
-            "(batch, sequence) to tell tokens from padding."
-        )
-    attention_mask = attention_mask[:, -x.shape[1] :]  # the rest belongs to cached keys
-    return None if bool(attention_mask.all()) else attention_mask
 
 
 @contextmanager

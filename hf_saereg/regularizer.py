@@ -15,7 +15,7 @@ Notable:
 - (R + A) / ‖X‖ is a ratio of batch statistics, and so is the spread: they are taken per micro-batch
   and process, as in the published code, and do not add up exactly over accumulated micro-batches;
   `layer_norm` is a mean over tokens and does
-- padding never reaches a head: positions masked out are dropped first
+- what is not to be read, such as padding, never reaches a head: it is dropped first
 - the term over a random subset of the tokens, or over some of the sites, is scaled as if it were
   the whole: every part that is a mean over tokens keeps its expectation; ‖X‖ and the spread are the
   subset's, and BatchTopK's threshold and the count of dead latents see the subset only
@@ -34,6 +34,7 @@ from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.base import SAEHead
 from hf_saereg.heads.config import HeadConfigError
 from hf_saereg.heads.statistics import SAELosses
+from hf_saereg.heads.tokens import tokens_read
 
 SPLICE_LOSSES = ("ce", "kl")
 
@@ -196,8 +197,8 @@ def regularization(
     Args:
         heads: by site.
         activations: (batch, sequence, d_in) by hook name; at least one.
-        mask: (batch, sequence), non-zero where a token counts; None when all do.
-        kept: (tokens that count,) indices of those that the term is computed on; None for all.
+        mask: (batch, sequence), non-zero where a token is read; None where all are.
+        kept: (tokens that are read,) indices of those that the term is computed on; None for all.
     """
     sites = {}
     for head in heads:
@@ -205,7 +206,7 @@ def regularization(
         if hook_name not in activations:
             continue
         x = activations[hook_name]
-        tokens = x.flatten(0, -2) if mask is None else x[mask.bool()]
+        tokens = tokens_read(x, mask)
         tokens = tokens if kept is None else tokens.index_select(0, kept)
         sites[hook_name] = site_term(head, tokens)
     return Regularization(torch.stack([site.value for site in sites.values()]).mean(), sites)

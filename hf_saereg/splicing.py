@@ -1,7 +1,7 @@
 """A head in the place of its site: what the stream goes on with is the reconstruction.
 
 Notable:
-- padding is neither read nor replaced
+- a token that is not read, such as padding, is not replaced either
 - gradients pass, through the reconstruction, to the head and to what came before it
 """
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_saereg.heads.base import SAEHead
 from hf_saereg.heads.statistics import SiteStatistics
+from hf_saereg.heads.tokens import tokens_read
 
 
 class Splice:
@@ -17,8 +18,8 @@ class Splice:
 
     Args:
         head: of the site.
-        mask: (batch, sequence) of the next batch, 0 at padding; None when there is none. May be set
-            anew before each batch.
+        mask: (batch, sequence) of the next batch, 0 where a token is not read; None where all are.
+            May be set anew before each batch.
     """
 
     def __init__(self, head: SAEHead, mask: Tensor | None = None) -> None:
@@ -29,13 +30,28 @@ class Splice:
         self.statistics = SiteStatistics.of_nothing(config.d_in, config.d_sae, device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Reconstruction of x, (batch, sequence, d_in), with padding as it was."""
-        if self.mask is None:
-            reconstruction = self.head.reconstruct(x.flatten(0, -2))
-            replaced = reconstruction.x_hat.to(x.dtype).view(x.shape)
-        else:
-            mask = self.mask.bool()
-            reconstruction = self.head.reconstruct(x[mask])
-            replaced = torch.index_put(x, (mask,), reconstruction.x_hat.to(x.dtype))
+        """Reconstruction of x, (batch, sequence, d_in); what is not read stays as it was."""
+        reconstruction = self.head.reconstruct(tokens_read(x, self.mask))
         self.statistics = self.statistics.merged(reconstruction.statistics)
-        return replaced
+        x_hat = reconstruction.x_hat.to(x.dtype)
+        if self.mask is None:
+            return x_hat.view(x.shape)
+        return torch.index_put(x, (self.mask.bool(),), x_hat)
+
+
+class Ablation:
+    """Replaces a site's activations by one and the same vector.
+
+    Args:
+        vector: (d_in,).
+        mask: as a `Splice` has it.
+    """
+
+    def __init__(self, vector: Tensor, mask: Tensor | None = None) -> None:
+        self.vector = vector
+        self.mask = mask
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The vector at every token of x, (batch, sequence, d_in), that is read."""
+        replaced = self.vector.to(x.dtype).expand_as(x)
+        return replaced if self.mask is None else replaced.where(self.mask[..., None], x)

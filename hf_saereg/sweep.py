@@ -1,7 +1,8 @@
 """Fresh heads on a frozen model: a whole grid from one shared forward pass a batch.
 
 Notable:
-- the model is run once a batch; every head of every cell reads the same activations
+- the model is run once a batch; every head of every cell reads the same activations, of the tokens
+  that the model's `token_mask` leaves
 - each site is scaled so that its mean norm is √d_in, and the scale folded back afterwards: one grid
   and one learning rate then serve a plain and a regularized model alike
 - each head minimises its own R + S + A, unscaled, as the published fresh SAEs do
@@ -15,7 +16,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -26,9 +27,10 @@ from tqdm.auto import tqdm
 
 from hf_saereg.corpora import collate_blocks
 from hf_saereg.grid import Cell, Schedule
-from hf_saereg.heads import make_head
+from hf_saereg.heads import HeadConfigError, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.stack import HeadStack
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 SCALING_BATCHES = 8
@@ -147,6 +149,9 @@ class SharedTraining:
             blocks: training text, with `input_ids`.
             schedule: of every cell.
             seed: of the order of the text.
+
+        Raises:
+            HeadConfigError: if the model skips every token.
         """
         model = model.eval()
         first = itertools.islice(_batches(blocks, schedule.batch_size, seed), SCALING_BATCHES)
@@ -154,6 +159,11 @@ class SharedTraining:
         means, scales = {}, {}
         for hook_name in model.hook_names:
             x = torch.cat([activations[hook_name] for activations in seen])  # (tokens, d_in)
+            if len(x) == 0:
+                raise HeadConfigError(
+                    f"{model.skip.skip_in_words} leave no token to train on; skip fewer, or give "
+                    "longer blocks."
+                )
             scales[hook_name] = (math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean()).item()
             means[hook_name] = x.mean(dim=0) * scales[hook_name]
         return cls(model, blocks, schedule, seed, means, scales)
@@ -167,7 +177,9 @@ class SharedTraining:
         d_in = self.model.config.n_embd
         with torch.random.fork_rng():
             torch.manual_seed(cell.seed)
-            bank = HeadBank(map(make_head, cell.heads(self.model.hook_names, d_in)))
+            configs = cell.heads(self.model.hook_names, d_in)
+            skip = asdict(self.model.skip)
+            bank = HeadBank(make_head(replace(config, **skip)) for config in configs)
         for hook_name, mean in self.means.items():
             bank[hook_name].to(mean.device).b_dec.data.copy_(mean)
         tokens = self.schedule.batch_size * len(self.blocks[0]["input_ids"])
@@ -230,6 +242,9 @@ def _batches(blocks: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
 @torch.no_grad()
 def _activations(model: SAERegGPT2LMHeadModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """(tokens, d_in) by hook name, of the tokens that are read."""
+    input_ids = input_ids.to(model.device)
     with model.reading(model.hook_names) as activations:
-        model.transformer(input_ids.to(model.device), use_cache=False)
-    return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}  # (tokens, d_in)
+        model.transformer(input_ids, use_cache=False)
+    mask = model.token_mask({"input_ids": input_ids})
+    return {hook_name: tokens_read(x, mask) for hook_name, x in activations.items()}

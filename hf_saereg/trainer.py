@@ -120,8 +120,9 @@ class SAERegTrainer(RecordingTrainer):
         inputs = self._prepare_inputs(inputs)
         if self._kl_weight:
             inputs = {**inputs, "reference_logits": self._reference_logits(inputs)}
+        mask = self.model.token_mask(inputs) if self._splices else None
         for splice in self._splices.values():
-            splice.mask = inputs.get("attention_mask")
+            splice.mask = mask
         with self.model.at_sites(self._splices), self._reading_norms(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -132,7 +133,7 @@ class SAERegTrainer(RecordingTrainer):
         by_steps = self.args.logging_strategy == IntervalStrategy.STEPS
         if self.model.heads or not (is_first or (by_steps and step % interval == 0)):
             return nullcontext()
-        return self._norm_meter.reading(self.model, inputs.get("attention_mask"))
+        return self._norm_meter.reading(self.model, self.model.token_mask(inputs))
 
     def _reference_logits(self, inputs: dict[str, Any]) -> Tensor:
         with self.accelerator.autocast():
@@ -144,10 +145,11 @@ class SAERegTrainer(RecordingTrainer):
         num_batches: int,
         device: torch.device,
     ) -> tuple[list, Tensor | int | None]:
-        """Also count the tokens that the heads will see in the accumulated batch."""
+        """Also count the tokens that the heads will read in the accumulated batch."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(sum(_token_count(inputs) for inputs in samples), device=device)
-        self._tokens_in_batch = self.accelerator.reduce(tokens)
+        tokens = torch.tensor(sum(map(self.model.token_count, samples)), device=device)
+        # where there is none, every micro-batch's term is 0
+        self._tokens_in_batch = self.accelerator.reduce(tokens).clamp(min=1)
         self._steps += 1
         self._micro_batch = 0
         return samples, num_items
@@ -202,7 +204,8 @@ class SAERegTrainer(RecordingTrainer):
         if output.term is not None:
             self._train_meter.update(output.sites)
             self._upkeep.remember(inputs, output.sites)
-            term = output.term * _token_count(inputs) * processes / self._tokens_in_batch
+            tokens = self.model.token_count(inputs)
+            term = output.term * tokens * processes / self._tokens_in_batch
             if output.spliced_loss is not None:
                 term = term + factor * self.model.term.splice_weight * output.spliced_loss
             loss = loss + self.model.term.warmup_factor(self.state.global_step) * term
@@ -356,11 +359,6 @@ class SAERegTrainer(RecordingTrainer):
             base = baselines(self.model, batches, self.accelerator)
             scores = fidelity(self.model, self.model.heads, batches, base, self.accelerator)
         return scores.figures()
-
-
-def _token_count(inputs: dict[str, Any]) -> int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 __all__ = ["NonFiniteLossError", "SAERegArguments", "SAERegTrainer"]

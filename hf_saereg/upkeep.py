@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from hf_saereg.corpora import first_rows
 from hf_saereg.errors import UserError
 from hf_saereg.heads.health import centre, resample
+from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.regularizer import SiteTerm
 from hf_saereg.training_arguments import SAERegArguments
 
@@ -102,12 +103,11 @@ class HeadUpkeep(TrainerCallback):
 
     @torch.no_grad()
     def _activations(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """(tokens, d_in) by hook name, without padding."""
-        with self.trainer.model.reading(self.trainer.model.heads.hook_names) as activations:
-            mask = inputs.get("attention_mask")
-            self.trainer.model.transformer(
-                inputs["input_ids"], attention_mask=mask, use_cache=False
+        """(tokens, d_in) by hook name, of the tokens that are read."""
+        model = self.trainer.model
+        with model.reading(model.heads.hook_names) as activations:
+            model.transformer(
+                inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False
             )
-        if mask is None:
-            return {hook_name: x.flatten(0, 1) for hook_name, x in activations.items()}
-        return {hook_name: x[mask.bool()] for hook_name, x in activations.items()}
+        mask = model.token_mask(inputs)
+        return {hook_name: tokens_read(x, mask) for hook_name, x in activations.items()}

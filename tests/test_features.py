@@ -138,7 +138,8 @@ def test_logits_go_through_the_final_layer_norm(reader):
 
 def surveyed(columns):
     latents = torch.tensor(columns).T[None]  # (1, tokens, d_sae)
-    return Survey.of_nothing(latents.shape[-1], 1).with_batch(latents, 0), latents[0].double()
+    found = Survey.of_nothing(latents.shape[-1], 1).with_batch(latents, 0, latents.shape[1])
+    return found, latents[0].double()
 
 
 def test_correlations_by_hand():

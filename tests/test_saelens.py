@@ -9,7 +9,7 @@ from conftest import SITES
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads import FAMILIES as OUR_FAMILIES
-from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
+from hf_saereg.heads import HeadConfigError, SAEHeadConfig, SkipOptions, make_head
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.folder import save_heads
 from hf_saereg.heads.saelens import load_saelens_head
@@ -71,6 +71,17 @@ def test_sae_lens_computes_what_every_head_computes(x, tmp_path, name, normaliza
     assert said.model_from_pretrained_kwargs == dict.fromkeys(UNPROCESSED, False)
     expected = {"batchtopk": "jumprelu"}.get(head.architecture, head.architecture)
     assert theirs.cfg.architecture() == expected
+
+
+def test_what_a_head_skips_is_said_in_their_words_and_read_again(x, tmp_path):
+    skip = {"skip_positions": 1, "skip_tokens": [99]}
+    save_heads([trained_head("topk", x, **skip)], tmp_path)
+    folder = tmp_path / "saes" / SITE
+    said = sae_lens.SAE.load_from_disk(folder).cfg.metadata
+    assert (said.seqpos_slice, said.exclude_special_tokens) == ([1, None], [99])
+    assert list(range(4))[slice(*said.seqpos_slice)] == [1, 2, 3]
+    assert load_saelens_head(folder).config.skip == SkipOptions(**skip)
+    assert load_saelens_head(folder, skip_positions=2).config.skip_positions == 2
 
 
 def test_raw_topk_has_no_form_there(x, tmp_path):

@@ -1,6 +1,7 @@
 """`saereg sweep`: results and heads of a stock checkpoint, kill and resume, two processes."""
 
 import configparser
+import dataclasses
 import json
 import math
 import os
@@ -90,6 +91,33 @@ def results_of(folder):
 
 def numbers(rows):
     return [value for row in rows for value in row.values() if isinstance(value, float)]
+
+
+def test_what_is_skipped_is_kept_with_the_heads_and_read_again(given, tmp_path):
+    pytest.importorskip("scipy")
+    own = {"families": "topk", "target_l0": 2, "max_steps": 2, "skip_positions": 1}
+    run, end = tmp_path / "run", ord("g")
+    skip = {"skip_positions": 1, "skip_tokens": [end]}
+    assert saereg(*words(given, run, **own, skip_tokens=end)) is None
+    head = load_head(run / "saes" / "topk_k2_d24_s0", SITES[0])
+    assert dataclasses.asdict(head.config.skip) == skip
+    assert skip.items() <= results_of(run)["setup"].items()
+    others = words(given, run, **own, skip_tokens=end + 1)
+    assert "skip_tokens was [103], now [104]" in saereg(*others)
+
+    text = ("--dataset", given / "text.txt", "--use_cpu", "true", "--blocks", 4)
+    assert saereg("quality", run, *text) is None
+    model, tokenizer = load_checkpoint(str(given / "model"))
+    blocks = TextArguments(dataset=str(given / "text.txt")).blocks(model.config, tokenizer)
+    read = sum(
+        token != end for block in blocks["validation"][:4]["input_ids"] for token in block[1:]
+    )
+    assert json.loads((run / "quality.json").read_text())["setup"]["tokens"] == {"model": read}
+    features = ["features", given / "model", "--hook_name", SITES[0], *text]
+    features += ["--saes", run / "saes" / "topk_k2_d24_s0", "--output_dir", tmp_path / "page"]
+    assert "trained with skip_positions 1" in saereg(*features, "--skip_positions", 3)
+    assert saereg(*features) is None
+    assert f"{read:,} tokens" in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_every_cell_is_scored_and_its_heads_are_kept(swept):

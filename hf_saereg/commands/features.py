@@ -32,7 +32,7 @@ from hf_saereg.feature_matches import (
 from hf_saereg.features import Reader, Survey, describe, survey
 from hf_saereg.fidelity import Batch
 from hf_saereg.fresh import fidelity_batches
-from hf_saereg.heads import SAEHead
+from hf_saereg.heads import SAEHead, SkipOptions
 from hf_saereg.heads.folder import load_head, saved_hook_names
 from hf_saereg.loading import load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
@@ -107,11 +107,13 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: if a model, a head or the text cannot be had.
     """
-    arguments, text = parse_options(FeaturesArguments, TextArguments, arguments=words)
+    arguments, text, skip = parse_options(
+        FeaturesArguments, TextArguments, SkipOptions, arguments=words
+    )
     if arguments.match_by == DECODER:
         require_matching()
     device = start_accelerator(arguments.use_cpu).device
-    readers = _readers(arguments, device)
+    readers = _readers(arguments, skip, device)
     config = min((reader.model.config for reader in readers), key=lambda own: own.n_positions)
     blocks = text.blocks(config, readers[0].tokenizer)["validation"]
     batches = fidelity_batches(blocks, arguments.blocks, config)
@@ -130,12 +132,13 @@ def main(words: Sequence[str]) -> None:
     print(f"Open {page.resolve()}")
 
 
-def _readers(arguments: FeaturesArguments, device: torch.device) -> list[Reader]:
+def _readers(arguments: FeaturesArguments, skip: SkipOptions, device: torch.device) -> list[Reader]:
     folders = arguments.saes or [None] * len(arguments.models)
     readers = []
     for name, folder in zip(arguments.models, folders, strict=True):
         model, tokenizer = load_checkpoint(name, arguments.tokenizer)
         head = _head(name, model, folder, arguments.hook_name)
+        model.skip_over(skip.for_trained(head.config, folder or name))
         label = Path(name).expanduser().resolve().name
         readers.append(Reader(label, model.to(device), head.to(device).eval(), tokenizer))
     if len(readers) == 2:
@@ -144,6 +147,13 @@ def _readers(arguments: FeaturesArguments, device: torch.device) -> list[Reader]
             raise FeaturesError(
                 f"{arguments.models[0]} and {arguments.models[1]} have different tokenizers; only "
                 "models that read the same tokens stand side by side."
+            )
+        if first.model.skip != second.model.skip:
+            raise FeaturesError(
+                f"The head for {arguments.models[0]} was trained with "
+                f"{first.model.skip.skip_in_words}, that for {arguments.models[1]} with "
+                f"{second.model.skip.skip_in_words}; only heads that read the same tokens stand "
+                "side by side."
             )
         widths = [reader.head.config.d_in for reader in readers]
         if arguments.match_by == DECODER and widths[0] != widths[1]:

@@ -21,6 +21,7 @@ import torch
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import fidelity_batches
 from hf_saereg.head_quality import QUALITY_FILE, kept_sets, measure_model, own_set
+from hf_saereg.heads import SkipOptions
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.options import parse_options
 from hf_saereg.processes import start_accelerator
@@ -83,7 +84,9 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: if a run, a model or the text cannot be had; before anything is measured.
     """
-    arguments, text = parse_options(QualityArguments, TextArguments, arguments=words)
+    arguments, text, skip = parse_options(
+        QualityArguments, TextArguments, SkipOptions, arguments=words
+    )
     require_matching()
     device = start_accelerator(arguments.use_cpu).device
     runs = [Path(run).expanduser() for run in arguments.runs]
@@ -92,7 +95,7 @@ def main(words: Sequence[str]) -> None:
     for run, own in members.items():
         rows, read = {kind: [] for kind in KINDS}, {}
         for member in own:
-            found, tokens = _measure(member, run, arguments, text, device)
+            found, tokens = _measure(member, run, arguments, text, skip, device)
             read[member.name] = tokens
             for kind in KINDS:
                 rows[kind] += found[kind]
@@ -132,6 +135,7 @@ def _measure(
     run: Path,
     arguments: QualityArguments,
     text: TextArguments,
+    skip: SkipOptions,
     device: torch.device,
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
     model, tokenizer = load_checkpoint(member.model, arguments.tokenizer)
@@ -144,8 +148,10 @@ def _measure(
     batches = fidelity_batches(blocks, arguments.blocks, model.config)
     model = model.to(device)
     sets = kept_sets(member.folder) + own_set(model)
+    fresh = sets[0].head(model, model.hook_names[0])  # all cells of a run skip the same
+    model.skip_over(skip.for_trained(fresh.config, member.folder))
     rows = measure_model(model, tokenizer, sets, batches, arguments.parts, member.name)
-    return rows, sum(batch["input_ids"].numel() for batch in batches)
+    return rows, sum(map(model.token_count, batches))
 
 
 def _swept_fingerprint(run: Path) -> str | None:

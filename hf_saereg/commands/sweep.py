@@ -26,7 +26,7 @@ from datasets import DatasetDict
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import score_model
 from hf_saereg.grid import Cell, Schedule, Sweep, check_auxk
-from hf_saereg.heads import HeadConfigError, family_named
+from hf_saereg.heads import HeadConfigError, SkipOptions, family_named
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
@@ -161,9 +161,12 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: if it cannot be run, before anything is trained.
     """
-    arguments, text = parse_options(SweepArguments, TextArguments, arguments=words)
+    arguments, text, skip = parse_options(
+        SweepArguments, TextArguments, SkipOptions, arguments=words
+    )
     accelerator = start_accelerator(arguments.use_cpu)
     model, tokenizer = load_checkpoint(arguments.model, arguments.tokenizer)
+    model.skip_over(skip.for_trained(model.skip, arguments.model))
     for cell in arguments.cells():
         cell.heads(model.hook_names, model.config.n_embd)
     folder = Path(arguments.output_dir)
@@ -196,7 +199,7 @@ def comparable_options(
     Args:
         arguments: of the sweep.
         text: that was read; where it lay does not matter, but what it says does.
-        model: weights and heads.
+        model: weights and heads, and what it skips.
         blocks: `train` and `validation`.
     """
     own = as_record([arguments]) | {"model_name": arguments.name}
@@ -204,6 +207,7 @@ def comparable_options(
         **{name: value for name, value in own.items() if name not in (*GROWING, *MACHINE)},
         "block_size": text.for_model(model.config).block_size,
         "train_fraction": text.train_fraction,
+        **dataclasses.asdict(model.skip),
         "model_sha256": fingerprint(model),
         "text_sha256": {split: _text_fingerprint(blocks, split) for split in blocks},
     }
@@ -235,6 +239,7 @@ def describe(
         **dataclasses.asdict(arguments.schedule),
         "tokens_per_step": arguments.batch_size * block_size,
         "text_seed": arguments.text_seed,
+        **dataclasses.asdict(model.skip),
         "command": command_line(),
         "device": f"{accelerator.num_processes} × {accelerator.device.type}",
         "versions": package_versions(),

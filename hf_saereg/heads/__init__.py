@@ -6,7 +6,7 @@ line here.
 
 from hf_saereg.heads.base import SAEHead
 from hf_saereg.heads.batchtopk import BatchTopKSAE
-from hf_saereg.heads.config import NORMALIZATIONS, HeadConfigError, SAEHeadConfig
+from hf_saereg.heads.config import NORMALIZATIONS, HeadConfigError, SAEHeadConfig, SkipOptions
 from hf_saereg.heads.gated import GatedSAE
 from hf_saereg.heads.jumprelu import JumpReLUSAE
 from hf_saereg.heads.standard import StandardSAE
@@ -55,6 +55,7 @@ __all__ = [
     "SAEHeadConfig",
     "SAELosses",
     "SiteStatistics",
+    "SkipOptions",
     "StandardSAE",
     "TopKSAE",
     "family_named",

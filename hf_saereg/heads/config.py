@@ -2,12 +2,13 @@
 
 Notable:
 - an option that a family does not have is an error, not ignored
+- `skip_positions` and `skip_tokens` are those of all heads of a model: see `hf_saereg.heads.tokens`
 - `normalization` says in which form the head reads its site, and what its error is divided by in
   the regularization term: see `hf_saereg.regularizer`
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from hf_saereg.errors import UserError
 
@@ -27,8 +28,75 @@ class HeadConfigError(UserError):
     """A head was described in a way that cannot work; the message says how to fix it."""
 
 
+@dataclass(kw_only=True)
+class SkipOptions:
+    """Which real tokens heads neither read nor replace; none by default.
+
+    Their activations can be far larger than all others, as those of GPT-2's first position are.
+    """
+
+    skip_positions: int = field(
+        default=0, metadata={"help": "First tokens of a row that heads leave out; padding is none."}
+    )
+    skip_tokens: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Token ids that heads leave out, e.g. that of the end of a text."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.skip_positions < 0:
+            raise HeadConfigError(
+                f"skip_positions is {self.skip_positions}; it must be at least 0."
+            )
+        if self.skip_tokens and min(self.skip_tokens) < 0:
+            raise HeadConfigError(
+                f"skip_tokens has {min(self.skip_tokens)}; token ids are at least 0."
+            )
+        self.skip_tokens = sorted(set(self.skip_tokens))
+
+    @property
+    def skip_in_words(self) -> str:
+        """For a message."""
+        return f"skip_positions {self.skip_positions} and skip_tokens {self.skip_tokens}"
+
+    @property
+    def skip(self) -> "SkipOptions":
+        """These options alone."""
+        return SkipOptions(skip_positions=self.skip_positions, skip_tokens=self.skip_tokens)
+
+    def for_trained(self, trained: "SkipOptions", source: object) -> "SkipOptions":
+        """What is left out where heads were trained already.
+
+        Args:
+            trained: what was left out then; where that is nothing, anything may be now.
+            source: of the heads, for the message.
+
+        Raises:
+            HeadConfigError: if these options leave out something, but not the same.
+        """
+        nothing = SkipOptions()
+        if self.skip != nothing and trained.skip not in (nothing, self.skip):
+            raise HeadConfigError(
+                f"{source} has heads that were trained with {trained.skip_in_words}, the options "
+                f"say {self.skip_in_words}; leave these out."
+            )
+        return trained.skip if self.skip == nothing else self.skip
+
+    def check_vocabulary(self, size: int) -> None:
+        """Check that there are such tokens.
+
+        Raises:
+            HeadConfigError: if there are not.
+        """
+        if self.skip_tokens and max(self.skip_tokens) >= size:
+            raise HeadConfigError(
+                f"skip_tokens has {max(self.skip_tokens)}, but the model's {size} tokens end at "
+                f"{size - 1}."
+            )
+
+
 @dataclass
-class SAEHeadConfig:
+class SAEHeadConfig(SkipOptions):
     """One sparse autoencoder."""
 
     architecture: str  # a name in the registry of hf_saereg.heads
@@ -51,6 +119,7 @@ class SAEHeadConfig:
     reconstruction_weight: float = 1.0  # λ, weight of R + A in the regularization term
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("d_in", "d_sae", "dead_after_tokens"):
             self._check(name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("sparsity_coefficient", "reconstruction_weight", "auxk_coefficient"):
@@ -82,10 +151,10 @@ class SAEHeadConfig:
         Raises:
             HeadConfigError: naming the first that was.
         """
-        for field in fields(self):
-            foreign = field.name in FAMILY_OPTIONS and field.name not in own_options
-            if foreign and getattr(self, field.name) != field.default:
+        for option in fields(self):
+            foreign = option.name in FAMILY_OPTIONS and option.name not in own_options
+            if foreign and getattr(self, option.name) != option.default:
                 raise HeadConfigError(
-                    f"{field.name} at {self.hook_name} is {getattr(self, field.name)}, but "
+                    f"{option.name} at {self.hook_name} is {getattr(self, option.name)}, but "
                     f"{self.architecture} heads have no such option; leave it out."
                 )

@@ -25,6 +25,7 @@ from hf_saereg.checkpoint import check_hook_name
 from hf_saereg.errors import UserError
 from hf_saereg.heads import make_head
 from hf_saereg.heads.base import HeadConfigError, SAEHead, SAEHeadConfig
+from hf_saereg.heads.config import SkipOptions
 from hf_saereg.layout import (
     CONFIG_FILE,
     HEADS_FOLDER,
@@ -43,6 +44,8 @@ OUR_FIELDS = tuple(
     for field in fields(SAEHeadConfig)
     if field.name not in (*SAELENS_FIELDS, "hook_name")
 )
+# what files of the first versions lack: every token was read
+LATER_FIELDS = tuple(field.name for field in fields(SkipOptions))
 
 # whose layout this is: SAELens takes a cfg.json without it for an older one, and drops the metadata
 SAELENS_VERSION = "6.0.0"
@@ -192,6 +195,7 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
             "hook_name": config.hook_name,
             "hook_head_index": None,
             "prepend_bos": False,
+            **_skipped(config),
             "model_from_pretrained_kwargs": UNPROCESSED,
             **metadata,
             "saereg": {
@@ -200,6 +204,16 @@ def _to_saelens(head: SAEHead, metadata: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }
+
+
+def _skipped(config: SkipOptions) -> dict[str, Any]:
+    """The same in SAELens's words, whose rows have no padding."""
+    found: dict[str, Any] = {}
+    if config.skip_positions:
+        found["seqpos_slice"] = [config.skip_positions, None]
+    if config.skip_tokens:
+        found["exclude_special_tokens"] = config.skip_tokens
+    return found
 
 
 def _from_saelens(cfg: dict[str, Any], folder: Path) -> SAEHeadConfig:
@@ -211,7 +225,8 @@ def _from_saelens(cfg: dict[str, Any], folder: Path) -> SAEHeadConfig:
                 f"{folder / CONFIG_FILE} has format version {ours['format_version']}; this version "
                 f"of hf-saereg reads version {FORMAT_VERSION}."
             )
-        options = {name: ours[name] for name in OUR_FIELDS}
+        there = [name for name in OUR_FIELDS if name in ours or name not in LATER_FIELDS]
+        options = {name: ours[name] for name in there}
         sizes = {name: cfg[name] for name in SAELENS_FIELDS}
         return SAEHeadConfig(hook_name=metadata["hook_name"], **sizes, **options)
     except (KeyError, TypeError) as error:

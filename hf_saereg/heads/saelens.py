@@ -3,6 +3,8 @@
 Notable:
 - what our families compute otherwise is folded into the weights: inputs that `b_dec` is not taken
   from, features scaled by decoder norms, activations that were scaled to a norm
+- first positions and token ids that it was trained without stay left out; a slice with an end, and
+  special tokens that are not listed, mean something to SAELens's own store of activations alone
 - what cannot be folded exactly is refused: no head that reads its site otherwise than in SAELens
 """
 
@@ -56,7 +58,7 @@ def load_saelens_head(folder: str | Path, hook_name: str | None = None, **option
         d_sae=cfg["d_sae"],
         k=round(cfg["k"]) if FAMILIES[family].sparsity_option == "k" else None,
         normalization="layer_norm" if cfg["normalize_activations"] == "layer_norm" else "published",
-        **options,
+        **_skipped(cfg.get("metadata", {})) | options,
     )
     with torch.device("meta"):
         head = make_head(config)
@@ -83,6 +85,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise
         raise HeadFolderError(f"{folder} is damaged ({error}); restore or delete it.") from error
     return {"normalize_activations": "none", **cfg}, weights
+
+
+def _skipped(metadata: dict[str, Any]) -> dict[str, Any]:
+    match metadata.get("seqpos_slice"):
+        case [int(first), None] if first >= 0:
+            positions = first
+        case _:
+            positions = 0
+    listed = metadata.get("exclude_special_tokens")
+    return {
+        "skip_positions": positions,
+        "skip_tokens": listed if isinstance(listed, list) else [],
+    }
 
 
 def _scale(cfg: dict[str, Any], folder: Path) -> float | None:

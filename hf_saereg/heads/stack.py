@@ -99,7 +99,7 @@ class HeadStack:
         Args:
             x: (heads, tokens, d_in).
         """
-        wide, tokens = self.wide, x.shape[1]
+        wide, tokens = self.wide, max(x.shape[1], 1)
         centred = x - wide.b_dec[:, None]
         selection = wide.selection(centred)
         kernel = self._pick(centred, selection)
@@ -112,7 +112,7 @@ class HeadStack:
         total = total + torch.stack([head.sparsity_loss(mean) for head, mean in costs]).sum()
         fired = codes.counts(values.detach() != 0, wide.config.d_sae)
         return StackLosses(
-            total, fired.view(len(self.heads), -1), torch.tensor(tokens, device=x.device)
+            total, fired.view(len(self.heads), -1), torch.tensor(x.shape[1], device=x.device)
         )
 
     def _by_head(self, elements: Tensor, codes: Codes) -> Tensor:

@@ -1,11 +1,13 @@
 """Heads that start from trained ones: of a previous run, of the Hub, or from SAELens.
 
 Notable:
-- what a head computes comes from where it was trained, how it is trained on from the options
+- what a head computes, and on which tokens, comes from where it was trained, how it is trained on
+  from the options
 - a difference between the two that would change its features is refused
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hf_saereg.checkpoint import find_heads
@@ -72,6 +74,7 @@ def _started(config: SAEHeadConfig, trained: SAEHead, source: str | Path) -> SAE
             f"The head on {config.hook_name} in {source} was trained with normalization "
             f"{trained.config.normalization}; it must be layer_norm for both or for neither."
         )
-    head = make_head(config)
+    skip = config.for_trained(trained.config, source)
+    head = make_head(replace(config, **asdict(skip)))
     head.load_saelens_weights(trained.saelens_weights())
     return head
