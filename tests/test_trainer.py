@@ -107,7 +107,7 @@ def test_the_spliced_loss_and_the_layer_norm_term_match_one_large_batch(
 
 
 def test_the_terms_warm_up_weighs_term_and_spliced_loss(tmp_path):
-    term = TermOptions(splice_weight=2, term_warmup=[0, 3])
+    term = TermOptions(splice_weight=2, term_warmup=[0, 4])
     found = gradients(tmp_path, tiny_model(upkept_heads(), term=term), rows(), micro_batches=1)
     model = tiny_model(upkept_heads(), term=term)
     output = model(**collate(rows()))
