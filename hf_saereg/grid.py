@@ -8,15 +8,27 @@ Notable:
   more short cooldown: their distance from the final ones says how far training still mattered
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
 from hf_saereg.configuration import one_a_site
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, family_named, make_head
+from hf_saereg.heads.config import FAMILY_OPTIONS
 
+# of a head's configuration, what a fresh one can be told beside sparsity, size and AuxK
+HEAD_OPTIONS = (
+    "rectified",
+    "bandwidth",
+    "reference_window",
+    "quadratic_penalty",
+    "tied",
+    "unit_decoder_norm",
+)
 DEAD_AFTER_TOKENS = 100_000  # a tenth of a head's own default: fresh ones train for less
 
 
@@ -92,6 +104,7 @@ class Cell:
     seed: int  # of the initial weights
     auxk: int = 0  # dead latents that fit the error, where the family has AuxK
     dead_after_tokens: int | None = None  # for AuxK; DEAD_AFTER_TOKENS by default
+    head_options: tuple[tuple[str, Any], ...] = ()  # `HEAD_OPTIONS`, where the family has them
 
     @property
     def name(self) -> str:
@@ -131,6 +144,11 @@ class Cell:
             dead_after = self.dead_after_tokens
             dead_after = DEAD_AFTER_TOKENS if dead_after is None else dead_after
             options |= {"auxk": self.auxk, "dead_after_tokens": dead_after}
+        options |= {
+            name: value
+            for name, value in self.head_options
+            if name not in FAMILY_OPTIONS or name in family.own_options
+        }
         if self.option == "k" and not whole:
             raise HeadConfigError(
                 f"A {self.architecture} head cannot keep {self.sparsity} latents a token; its "
@@ -163,6 +181,36 @@ def check_auxk(architectures: Sequence[str], **options: int | None) -> None:
             f"{dead_name} is {dead_after}, but {auxk_name} is 0, so nothing depends on it; set "
             f"{auxk_name} or leave it out."
         )
+
+
+def read_head_options(
+    text: str | None, architectures: Sequence[str], name: str
+) -> tuple[tuple[str, Any], ...]:
+    """Options of fresh heads beside their sparsity and size, as `Cell.head_options`.
+
+    Args:
+        text: a JSON object; None for none.
+        architectures: families of the grid.
+        name: what the user calls it.
+
+    Raises:
+        HeadConfigError: if it is no object, or has an option that none of the families has.
+    """
+    try:
+        found = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HeadConfigError(f"{name} is {text!r}, which is no JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise HeadConfigError(f'{name} is {text!r}; give options by name, as in {{"tied": true}}.')
+    families = [family_named(architecture) for architecture in architectures]
+    own = {option for family in families for option in family.own_options}
+    usable = [option for option in HEAD_OPTIONS if option not in FAMILY_OPTIONS or option in own]
+    if unknown := [option for option in found if option not in usable]:
+        raise HeadConfigError(
+            f"{name} has {unknown[0]!r}, which none of {', '.join(architectures)} has as a fresh "
+            f"head; they have {', '.join(usable)}."
+        )
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)
@@ -222,6 +270,10 @@ class FreshHeadsArguments:
         default=None,
         metadata={"help": "Tokens without firing after which fresh_auxk counts a latent as dead."},
     )
+    fresh_head_options: str | None = field(
+        default=None,
+        metadata={"help": f"Other options of the heads that have them: {', '.join(HEAD_OPTIONS)}."},
+    )
     fidelity_blocks: int = field(
         default=256, metadata={"help": "Validation blocks on which fidelity is measured."}
     )
@@ -263,6 +315,9 @@ class FreshHeadsArguments:
         Raises:
             HeadConfigError: for an unknown family, or sizes and weights that no head can have.
         """
+        head_options = read_head_options(
+            self.fresh_head_options, self.fresh_architectures, "fresh_head_options"
+        )
         cells = [
             Cell(
                 architecture,
@@ -272,6 +327,7 @@ class FreshHeadsArguments:
                 seed,
                 self.fresh_auxk,
                 self.fresh_dead_after_tokens,
+                head_options,
             )
             for architecture in self.fresh_architectures
             for option, values in [self._sparsities(architecture)]

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_saereg import character
 from hf_saereg.errors import one_sentence_errors
+from hf_saereg.heads import FAMILIES
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 REPOSITORY = Path(__file__).parents[1]
@@ -230,6 +231,20 @@ def test_twins_start_alike_and_read_the_same_blocks_in_the_same_order(
     assert all(map(torch.equal, plain["batches"], regularized["batches"]))
     ends = [weights(tmp_path / "run" / name)["transformer.wte.weight"] for name in NAMES]
     assert not torch.equal(*ends)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_regularizes_and_is_fitted_by_its_name_alone(recipe, tmp_path, family):
+    few = {"max_steps": 2, "fresh_steps": 2, "fresh_k": [2], "fresh_target_l0": [2.0]}
+    few |= {"sparsity_coefficient": None, "target_l0": [4]}
+    recipe(
+        "--config",
+        configuration(tmp_path, architecture=family, **few | {"fresh_architectures": [family]}),
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    seen = {(row["model"], row["family"], row["source"], row["site"]) for row in results["rows"]}
+    own = {("regularized", family, "cotrained", site) for site in SITES}
+    assert seen == own | {(name, family, "fresh", site) for name in NAMES for site in SITES}
 
 
 def snapshot(folder):

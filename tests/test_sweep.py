@@ -358,6 +358,41 @@ def test_auxk_that_cannot_work_is_refused(options, culprit):
         FreshHeadsArguments(**{**TINY, **options})
 
 
+def test_other_options_reach_the_families_that_have_them():
+    families = ["standard", "jumprelu"]
+    options = '{"tied": true, "bandwidth": 0.25, "unit_decoder_norm": true}'
+    arguments = FreshHeadsArguments(
+        **TINY | {"fresh_architectures": families, "fresh_head_options": options}
+    )
+    found = {cell.architecture: cell.heads(["site"], 16)[0] for cell in arguments.cells(0)}
+    assert (found["standard"].tied, found["jumprelu"].tied) == (True, False)
+    assert found["jumprelu"].bandwidth == 0.25 != found["standard"].bandwidth
+    assert all(config.unit_decoder_norm for config in found.values())
+
+
+def test_other_options_are_those_of_the_heads_that_are_trained(train):
+    options = {"fresh_architectures": ["standard"], "fresh_coefficient": [1.0]}
+    ((head, *_),) = train(**options, fresh_head_options='{"unit_decoder_norm": true}').values()
+    assert head.config.unit_decoder_norm
+    norms = head.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))  # all as large, unscaled
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ("tied", "no JSON"),
+        ("[1]", "by name"),
+        ('{"bandwidth": 0.1}', "'bandwidth', which none of topk, standard has"),
+        ('{"tide": true}', "'tide', which none of"),
+        ('{"k": 3}', "'k', which none of"),
+    ],
+)
+def test_other_options_that_no_head_has_are_refused(options, culprit):
+    with pytest.raises(UserError, match=culprit):
+        FreshHeadsArguments(**TINY, fresh_head_options=options)
+
+
 def test_a_sparsity_that_is_no_whole_number_is_none_for_topk():
     with pytest.raises(UserError, match="whole number"):
         Cell("topk", 2.5, "k", (32,), 0).check()

@@ -25,7 +25,7 @@ from datasets import DatasetDict
 
 from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import score_model
-from hf_saereg.grid import Cell, Schedule, Sweep, check_auxk
+from hf_saereg.grid import HEAD_OPTIONS, Cell, Schedule, Sweep, check_auxk, read_head_options
 from hf_saereg.heads import HeadConfigError, SkipOptions, family_named
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
@@ -80,6 +80,13 @@ class SweepArguments:
         default=None,
         metadata={"help": "Tokens without firing after which auxk counts a latent as dead."},
     )
+    head_options: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Other options of the heads that have them: {', '.join(HEAD_OPTIONS)}, as in "
+            '{"tied": true}.'
+        },
+    )
     text_seed: int = field(default=0, metadata={"help": "Of the order of the text."})
     fidelity_blocks: int = field(
         default=256, metadata={"help": "Validation blocks on which heads are scored."}
@@ -129,6 +136,7 @@ class SweepArguments:
         Raises:
             HeadConfigError: for a family that there is not, or sizes that no head can have.
         """
+        head_options = read_head_options(self.head_options, self.families, "head_options")
         cells = {
             Cell(
                 family,
@@ -138,6 +146,7 @@ class SweepArguments:
                 seed,
                 self.auxk,
                 self.dead_after_tokens,
+                head_options,
             ): None
             for seed in self.seeds
             for d_sae in self.d_sae
