@@ -334,8 +334,8 @@ def test_the_page_can_be_used_by_keys_alone(page, tmp_path):
 
 def test_the_words_of_l0_say_which_site_settles_when(page):
     words = l0_caption(STEERED)
-    assert "“light”: every site has settled, from steps 20 to 30 on" in words.reading
-    assert "“heavy”: 1 of 2 sites has settled, from step 1,400" in words.reading
+    assert "“light”: every site has settled, between steps 20 and 30" in words.reading
+    assert "“heavy”: 1 of 2 sites has settled, at step 1,400" in words.reading
     assert "Seed 0, as logged" in words.reading
     assert (
         "“light”, target 10: before block 0 within 10\N{NO-BREAK SPACE}% from step 20, before "

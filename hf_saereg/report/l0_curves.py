@@ -1,5 +1,6 @@
 """How L0 came to its target: one panel a variant, one line a site, over the steps of training."""
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from hf_saereg.report.layout import Caption
 from hf_saereg.study_l0 import TOLERANCE, SteeredTraining
 
 Trainings = Sequence[SteeredTraining]
+TITLE_WIDTH = {False: 24, True: 19}  # characters that fit above a panel, by whether it is a phone
 
 
 def draw_l0_curves(trainings: Trainings, style: Style) -> Figure:
@@ -32,7 +34,8 @@ def draw_l0_curves(trainings: Trainings, style: Style) -> Figure:
         figure, axes = panels([own.variant for own in trainings], style)
         for own in trainings:
             panel = axes[own.variant]
-            panel.set_title(f"{own.variant}: target {_targets(own)}")
+            title = f"{own.variant}: target {_targets(own)}"
+            panel.set_title(textwrap.fill(title, TITLE_WIDTH[style.phone]))
             _draw_targets(panel, own, style)
             for site, curve in own.curves.items():
                 panel.plot(curve.steps, curve.l0, linewidth=1.1, **looks[site])
@@ -83,7 +86,7 @@ def _summary(own: SteeredTraining) -> str:
         return f"“{own.variant}”: no site has settled"
     number = "every site has" if len(steps) == len(own.curves) else _of(len(steps), own)
     first, last = min(steps), max(steps)
-    when = f"from step {first:,}" if first == last else f"from steps {first:,} to {last:,} on"
+    when = f"at step {first:,}" if first == last else f"between steps {first:,} and {last:,}"
     return f"“{own.variant}”: {number} settled, {when}"
 
 
