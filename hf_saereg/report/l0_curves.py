@@ -43,7 +43,7 @@ def draw_l0_curves(trainings: Trainings, style: Style) -> Figure:
             number_log_axis(panel.yaxis)
             panel.xaxis.set_major_locator(MaxNLocator(3))
         figure.supxlabel("training step")
-        figure.supylabel("L0, active latents a token (log scale)")
+        figure.supylabel("L0 of a site (log scale)")
         handles = [Line2D([], [], label=site_label(site), **look) for site, look in looks.items()]
         columns = 2 if style.phone else min(len(sites), 5)
         figure.legend(handles=handles, loc="outside upper left", ncols=columns)
