@@ -186,8 +186,9 @@ def test_several_processes_are_refused_before_anything_else(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_recipe_that_is_launched_twice_names_shards(tmp_path):
-    done = start_two(REPOSITORY / "recipes" / "study_character.py", "--study", "absent.yaml")
+def test_the_recipe_that_is_launched_twice_names_shards():
+    recipe = REPOSITORY / "recipes" / "study_character.py"
+    done = start_two(recipe, "--study", "absent.yaml", timeout=600)
     assert done.returncode != 0 and "error: 2 processes were launched" in done.stderr
     assert "--shard 0 2" in done.stderr and "absent.yaml" not in done.stderr
 
