@@ -18,7 +18,28 @@ PATIENCE = timedelta(days=30)
 
 
 class ProcessesError(UserError):
-    """The processes do not know of each other; the message says how to start them."""
+    """The launched processes cannot work together; the message says how to start them."""
+
+
+def launched_processes() -> int:
+    """How many a launcher started, this one among them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_several_processes(instead: str) -> None:
+    """Refuse to be launched more than once at a time, where each process would do all the work.
+
+    Args:
+        instead: what to do; the end of the sentence.
+
+    Raises:
+        ProcessesError: if several processes were launched.
+    """
+    launched = launched_processes()
+    if launched > 1:
+        raise ProcessesError(
+            f"{launched} processes were launched, but each would do all the work; {instead}"
+        )
 
 
 def start_accelerator(use_cpu: bool = False) -> Accelerator:
@@ -33,7 +54,7 @@ def start_accelerator(use_cpu: bool = False) -> Accelerator:
     cpu = use_cpu or not torch.accelerator.is_available()
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     if accelerator.num_processes != launched:
         raise ProcessesError(
             f"{launched} processes were launched, but this one is joined to "

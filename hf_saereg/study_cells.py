@@ -19,7 +19,6 @@ from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.fresh import fidelity_batches, score_model
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_words
-from hf_saereg.resuming import STATE_FILE
 from hf_saereg.run_folder import write_json
 from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study, StudyError
 
@@ -178,20 +177,3 @@ def finished_cells(study: Study, folder: Path) -> list[dict[str, Any]]:
                 cell["transplanted"] = json.loads(path.read_text()) if path.is_file() else None
                 cells.append(cell)
     return cells
-
-
-def steered_trainings(
-    study: Study, folder: Path
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
-    """Log and target of every finished variant that has a target, at the first seed.
-
-    Variants whose log was not kept are left out.
-    """
-    logs, targets = {}, {}
-    for variant, options in study.variants.items():
-        seed, target = study.seeds[0], options.get("target_l0")
-        state = cell_folder(folder, variant, seed) / REGULARIZED / STATE_FILE
-        if target and is_finished(folder, variant, seed) and state.is_file():
-            logs[variant] = json.loads(state.read_text())["log_history"]
-            targets[variant] = target[0] if isinstance(target, list) else target
-    return logs, targets

@@ -24,6 +24,8 @@ BESIDE = ("fresh_", "logging_", "save_", "fidelity_", "output_dir", "seed", "run
 def settings_of(study: Study) -> dict[str, dict[str, Any]]:
     """By variant: `model`, `family`, `control`, `flops_per_token`, `curve`, `knob`, `weight`.
 
+    Beside these `targets`, the L0s that its heads are steered to, by hook name.
+
     Raises:
         UserError: if the options of a variant cannot be used.
     """
@@ -54,10 +56,8 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
     _arguments, heads, term, _twin, corpus, shape, _fresh = parsed
     config = shape.config(corpus.block_size, character_tokenizer(corpus.block_size))
     language = gpt2_flops(config.to_dict())
-    costs = [
-        head_flops(head.d_in, head.d_sae)
-        for head in (heads.head_configs(config) if model == REGULARIZED else ())
-    ]
+    configs = heads.head_configs(config) if model == REGULARIZED else []
+    costs = [head_flops(head.d_in, head.d_sae) for head in configs]
     share = term.token_fraction * (term.sites_per_step or len(costs)) / max(len(costs), 1)
     spliced = (language + sum(costs)) if costs and term.splice_weight else 0
     record = as_record(parsed)
@@ -67,6 +67,9 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
         "model": model,
         "family": heads.architecture if model == REGULARIZED else "none",
         "control": control,
+        "targets": {
+            head.hook_name: head.target_l0 for head in configs if head.target_l0 is not None
+        },
         "flops_per_token": 0 if model == UNTRAINED else language + share * sum(costs) + spliced,
         "curve": variant,
         "knob": None,

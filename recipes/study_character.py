@@ -1,6 +1,6 @@
 """Train several variants of a character model with several seeds each, and compare them.
 
-    accelerate launch recipes/study_character.py --study recipes/study_normalization.yaml
+    python recipes/study_character.py --study recipes/study_normalization.yaml
 
 The same as `saereg compare STUDY.yaml --output_dir DIR`: see `hf_saereg/commands/compare.py`.
 """

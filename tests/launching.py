@@ -39,17 +39,26 @@ def start_python(*words, folder=None, timeout=600, python=sys.executable, **vari
     )
 
 
-def run_python(*words, **options):
-    """As `start_python`; fails with what it wrote to stderr, or returns what it wrote to stdout."""
-    done = start_python(*words, **options)
+def stdout_of(done):
+    """What a process wrote to stdout; fails with what it wrote to stderr."""
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def run_python(*words, **options):
+    """As `start_python`; fails with what it wrote to stderr, or returns what it wrote to stdout."""
+    return stdout_of(start_python(*words, **options))
+
+
 def launch_two(*words, timeout=120):
-    """Run a script, or `-m MODULE`, with its words; fails with what it wrote to stderr."""
+    """As `start_two`; fails with what it wrote to stderr, or returns what it wrote to stdout."""
+    return stdout_of(start_two(*words, timeout=timeout))
+
+
+def start_two(*words, timeout=120):
+    """Run a script, or `-m MODULE`, with its words in two processes, to its end."""
     with socket.socket() as free:  # other launches on this machine have the default port
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
-    return run_python(*launch, "--main_process_port", port, *words, timeout=timeout)
+    return start_python(*launch, "--main_process_port", port, *words, timeout=timeout)

@@ -72,6 +72,17 @@ def assert_headings_nest(elements):
     assert all(deeper - level <= 1 for level, deeper in pairwise(levels))
 
 
+def assert_in_tensorboard(page, figures):
+    """Beside the page, every figure and nothing else as an image."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(page.parent / "tensorboard")).Reload()
+    assert sorted(events.Tags()["images"]) == sorted(f"report/{name}" for name in figures)
+    for name in figures:
+        (image,) = events.Images(f"report/{name}")
+        assert image.width > 100 and image.height > 100
+
+
 def assert_shown(page, tmp_path, images):
     """No console error, every image loads, nothing overflows to the right of a phone."""
 

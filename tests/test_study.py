@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
+from launching import REPOSITORY, start_two
 from tiny_recipe import configuration
 
 from hf_saereg.commands.compare import main
 from hf_saereg.errors import UserError
-from hf_saereg.report.l0_curves import L0Curve, l0_curves
+from hf_saereg.processes import ProcessesError
 from hf_saereg.study import Study, StudyError, shard_of
+from hf_saereg.study_l0 import L0Curve, keep_l0, l0_curves, steered_trainings
+from hf_saereg.study_settings import settings_of
 from hf_saereg.study_table import markdown, table
 
 VARIANTS = {
@@ -66,7 +70,8 @@ def test_every_cell_is_trained_scored_and_kept(study):
     for name in (
         "figures/trade_off.png",
         "figures/trade_off.svg",
-        "l0.png",
+        "figures/l0.png",
+        "figures/l0.svg",
         "study.json",
         "index.html",
     ):
@@ -118,6 +123,30 @@ def test_a_curve_has_settled_once_it_never_leaves_the_band_again():
     assert curve.settled_at(30) is None
 
 
+def test_l0_of_steered_cells_outlives_their_logs(study, tmp_path):
+    folder = tmp_path / "kept"
+    shutil.copytree(study[0] / "out", folder, ignore=shutil.ignore_patterns("trainer_state.json"))
+    found = Study.read(study[0] / "study.yaml")
+    (steered,) = steered_trainings(found, settings_of(found), folder)
+    assert (steered.variant, steered.seed) == ("steered", 0)
+    assert set(steered.targets.values()) == {6.0} and list(steered.curves) == list(steered.targets)
+    state = study[0] / "out" / "steered" / "seed_0" / "regularized" / "trainer_state.json"
+    assert steered.curves == l0_curves(json.loads(state.read_text())["log_history"])
+    assert sorted(path.parent.parent.name for path in folder.glob("*/*/l0.json")) == ["steered"] * 2
+
+
+def test_l0_of_a_cell_is_kept_while_its_log_is_there(study, tmp_path):
+    shutil.copytree(study[0] / "out" / "steered" / "seed_1", tmp_path / "steered" / "seed_1")
+    own = tmp_path / "steered" / "seed_1"
+    before = (own / "l0.json").read_bytes()
+    (own / "l0.json").unlink()
+    assert keep_l0("steered", 1, tmp_path) and (own / "l0.json").read_bytes() == before
+    (own / "regularized" / "trainer_state.json").unlink()
+    assert keep_l0("steered", 1, tmp_path)
+    (own / "l0.json").unlink()
+    assert not keep_l0("steered", 1, tmp_path) and not (own / "l0.json").exists()
+
+
 @pytest.mark.parametrize(
     "content, culprit",
     [
@@ -147,6 +176,21 @@ def test_a_mistake_in_the_last_variant_shows_before_the_first_is_trained(tmp_pat
     with pytest.raises(UserError, match="k at"):
         main(["--study", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "plain" / "seed_0" / "plain").exists()
+
+
+def test_several_processes_are_refused_before_anything_else(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ProcessesError, match=r"2 processes were launched.*--shard 0 2") as caught:
+        main(["--study", "absent.yaml"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_recipe_that_is_launched_twice_names_shards():
+    recipe = REPOSITORY / "recipes" / "study_character.py"
+    done = start_two(recipe, "--study", "absent.yaml", timeout=600)
+    assert done.returncode != 0 and "error: 2 processes were launched" in done.stderr
+    assert "--shard 0 2" in done.stderr and "absent.yaml" not in done.stderr
 
 
 @pytest.mark.parametrize("shard", [[2, 2], [-1, 2], [0], [0, 0]])

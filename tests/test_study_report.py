@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from keyboard import assert_usable_by_keys
 from pages import (
     assert_headings_nest,
     assert_images_described,
+    assert_in_tensorboard,
     assert_self_contained,
     assert_shown,
     needs_browser,
@@ -17,6 +19,7 @@ from pages import elements_of as parsed
 from scipy import stats
 
 from hf_saereg.heads import FAMILIES
+from hf_saereg.report.l0_curves import l0_caption
 from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0, stated_l0
 from hf_saereg.report.study_findings import find_in_study
 from hf_saereg.report.study_page import DOUBTED_SITE, StudyFacts, write_study_page
@@ -26,6 +29,7 @@ from hf_saereg.report.study_verdict import recommend
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
 from hf_saereg.study_cells import finished_cells
+from hf_saereg.study_l0 import L0Curve, SteeredTraining
 from hf_saereg.study_settings import settings_of
 from hf_saereg.study_table import table
 
@@ -255,13 +259,36 @@ def test_an_unfinished_control_holds_the_recommendation_back():
 # ---- the page, and the study in the repository ----
 
 
-def page_of(cells, folder, settings=SETTINGS):
+STEPS = [10, 20, 30, 1400]
+STEERED = [
+    SteeredTraining(
+        "light",
+        0,
+        dict.fromkeys(SITES, 10.0),
+        {
+            SITES[0]: L0Curve(STEPS, [250.0, 10.5, 9.5, 10.0]),
+            SITES[1]: L0Curve(STEPS, [250.0, 0.0, 9.0, 10.9]),
+        },
+    ),
+    SteeredTraining(
+        "heavy",
+        0,
+        {SITES[0]: 20.0, SITES[1]: 40.0},
+        {
+            SITES[0]: L0Curve(STEPS, [250.0, 90.0, 30.0, 21.0]),
+            SITES[1]: L0Curve(STEPS, [250.0, 90.0, 36.0, 31.25]),
+        },
+    ),
+]
+
+
+def page_of(cells, folder, settings=SETTINGS, steered=()):
     rows = table(cells, "plain")
     found = find_in_study(cells, rows, "plain", settings, list(FAMILIES))
     for name in ("study.json", "table.md"):
         (folder / name).touch()
     facts = StudyFacts(Path("a_study.yaml"), SEEDS, [("heavy", 7)], ["saereg", "compare", "a b"])
-    return write_study_page(found, settings, facts, folder)
+    return write_study_page(found, settings, facts, steered, folder)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +298,7 @@ def page(tmp_path_factory):
         if own["variant"] == "light":
             compound = {"sum_l0": 33.0, "ce_increase": 0.75}
             own["transplanted"] = {"rows": [], "compound": compound}
-    return page_of(cells, tmp_path_factory.mktemp("page"))
+    return page_of(cells, tmp_path_factory.mktemp("page"), steered=STEERED)
 
 
 def test_the_page_has_the_verdict_first(page):
@@ -287,13 +314,43 @@ def test_the_page_has_the_verdict_first(page):
 def test_the_page_is_whole(page):
     elements = parsed(page)
     assert_self_contained(page, elements)
-    assert_images_described(elements, number=1)
+    assert_images_described(elements, number=2)
     assert_headings_nest(elements)
+
+
+def test_figures_are_images_in_tensorboard(page):
+    assert_in_tensorboard(page, ("trade_off", "l0"))
 
 
 @needs_browser
 def test_browser_shows_the_page_without_an_error(page, tmp_path):
-    assert_shown(page, tmp_path, images=1)
+    assert_shown(page, tmp_path, images=2)
+
+
+@needs_browser
+def test_the_page_can_be_used_by_keys_alone(page, tmp_path):
+    assert_usable_by_keys(page, tmp_path)
+
+
+def test_the_words_of_l0_say_which_site_settles_when(page):
+    words = l0_caption(STEERED)
+    assert "“light”: every site has settled, between steps 20 and 30" in words.reading
+    assert "“heavy”: 1 of 2 sites has settled, at step 1,400" in words.reading
+    assert "Seed 0, as logged" in words.reading
+    assert (
+        "“light”, target 10: before block 0 within 10\N{NO-BREAK SPACE}% from step 20, before "
+        "block 3 within 10\N{NO-BREAK SPACE}% from step 30" in words.description
+    )
+    assert "“heavy”, target 20, 40: " in words.description
+    assert "before block 3 not settled, at 31.2 in the end" in words.description
+    assert words.reading in page.read_text("utf-8")
+
+
+def test_a_study_without_a_log_of_l0_has_no_figure_of_it(tmp_path):
+    page = page_of(study_of(), tmp_path)
+    assert 'id="steering"' not in page.read_text("utf-8")
+    assert not (tmp_path / "figures" / "l0.png").exists()
+    assert_self_contained(page, parsed(page))
 
 
 def test_a_study_of_one_seed_with_hostile_names_is_shown(tmp_path):

@@ -2,13 +2,16 @@
 
     saereg compare STUDY.yaml --output_dir DIR
 
-Writes to DIR a folder a variant and seed, `index.html`, `study.json`, `table.md`,
-`figures/trade_off.png` and `.svg` and, where heads have a target, `l0.png`.
+Writes to DIR a folder a variant and seed, `index.html`, `study.json`, `table.md`, and `figures/`
+(PNG and SVG) with the trade-off and, where heads have a target, L0 over the steps; both also to
+`tensorboard/`.
 
 Notable:
 - finished cells are never run again; interrupted ones go on
 - two terminals share the work with `--shard 0 2` and `--shard 1 2`; each writes what is finished by
   then, and a control that waits for a cell of the other is left to the next call
+- L0 over the steps of a steered cell is kept in its folder, so that its figure can be drawn again
+  where the weights and the log of the training are gone
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from pathlib import Path
 from hf_saereg.errors import UserError
 from hf_saereg.heads import FAMILIES
 from hf_saereg.options import parse_options
+from hf_saereg.processes import refuse_several_processes
 from hf_saereg.report.layout import require_extra
 from hf_saereg.report.study_findings import find_in_study
 from hf_saereg.report.study_page import StudyFacts, write_study_page
@@ -28,9 +32,9 @@ from hf_saereg.study_cells import (
     finished_cells,
     is_finished,
     is_ready,
-    steered_trainings,
     transplant,
 )
+from hf_saereg.study_l0 import keep_l0, steered_trainings
 from hf_saereg.study_settings import settings_of
 from hf_saereg.study_table import markdown, table
 
@@ -53,6 +57,10 @@ def main(words: Sequence[str] | None = None) -> None:
     Raises:
         UserError: if the study cannot be run, before anything is trained.
     """
+    refuse_several_processes(
+        "share the cells of a study among terminals instead: --shard 0 2 in one, --shard 1 2 in "
+        "another."
+    )
     (arguments,) = parse_options(CompareArguments, arguments=words)
     try:
         require_extra("matplotlib", "jinja2", "scipy")
@@ -64,6 +72,8 @@ def main(words: Sequence[str] | None = None) -> None:
     _run(study, cells, folder)
     for variant, seed in cells:
         transplant(study, variant, seed, folder)
+        if settings[variant]["targets"]:
+            keep_l0(variant, seed, folder)
     write_study(study, settings, folder)
 
 
@@ -91,17 +101,12 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
         settings: of its variants.
         folder: of the study.
     """
-    from hf_saereg.report.l0_curves import draw_l0_curves
-
     cells = finished_cells(study, folder)
     rows = table(cells, study.baseline)
     if not rows:
         print(f"No seed of {study.baseline!r} is finished yet: nothing to compare with.")
         return
     found = find_in_study(cells, rows, study.baseline, settings, list(FAMILIES))
-    logs, targets = steered_trainings(study, folder)
-    if logs:
-        draw_l0_curves(logs, targets, folder / "l0.png")
     content = {
         "rows": rows,
         "settings": settings,
@@ -117,6 +122,6 @@ def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
     unfinished = [cell for cell in study.cells() if not is_finished(folder, *cell)]
     command = ["saereg", "compare", str(study.path), "--output_dir", str(folder)]
     facts = StudyFacts(study.path, study.seeds, unfinished, command)
-    print(
-        f"{found.recommendation.sentence}\nOpen {write_study_page(found, settings, facts, folder)}"
-    )
+    steered = steered_trainings(study, settings, folder)
+    page = write_study_page(found, settings, facts, steered, folder)
+    print(f"{found.recommendation.sentence}\nOpen {page}")

@@ -4,7 +4,7 @@
     results.json… -> swept -> swept_page <- swept_figures                    of any models
     run.json, results.json -> tuned                                          of fine-tunings
     cell.json… -> study_curves -> study_statistics, study_verdict, study_tables
-               -> study_findings -> study_page <- trade_off                  of a study
+               -> study_findings -> study_page <- trade_off, l0_curves       of a study
 
 What is notable:
 

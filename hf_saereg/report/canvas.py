@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -38,14 +39,18 @@ class Theme:
     regularized: str
     others: tuple[str, ...]  # of further models
 
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """Of models or anything else, the first to be taken first."""
+        return (self.plain, self.regularized, *self.others)
+
     def of(self, model: str) -> str:
         """Return the colour of a model."""
         return self.plain if model == "plain" else self.regularized
 
     def nth(self, index: int) -> str:
         """Return the colour of one of any number of models."""
-        colours = (self.plain, self.regularized, *self.others)
-        return colours[index % len(colours)]
+        return self.colours[index % len(self.colours)]
 
 
 LIGHT = Theme(
@@ -138,11 +143,17 @@ def scale_l0_axis(axes: Axes, style: Style) -> None:
     """L0 across on a log scale with plain numbers, CE increase upwards from zero."""
     axes.set_xscale("log")
     set_limits_from_zero(axes)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _spans_little(axes) else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    number_log_axis(axes.xaxis)
     axes.yaxis.set_major_locator(MaxNLocator(4 if style.phone else 5))
+
+
+def number_log_axis(axis: Axis) -> None:
+    """Plain numbers on a log scale: powers of ten, and 2 and 5 between them where few are seen."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / max(low, 1e-9) < 100 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def set_limits_from_zero(axes: Axes) -> None:
@@ -151,11 +162,6 @@ def set_limits_from_zero(axes: Axes) -> None:
     low, high = min(heights, default=0), max(heights, default=0)
     if high > 0 or low < 0:
         axes.set_ylim(1.08 * min(low, 0), 1.08 * max(high, 0))
-
-
-def _spans_little(axes: Axes) -> bool:
-    low, high = axes.get_xlim()
-    return high / max(low, 1e-9) < 100
 
 
 @contextmanager

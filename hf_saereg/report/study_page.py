@@ -13,6 +13,7 @@ from hf_saereg.report.study_findings import StudyFindings
 from hf_saereg.report.study_statistics import SiteChange
 from hf_saereg.report.study_tables import MatrixCell, tallies
 from hf_saereg.report.study_verdict import interval_text, stated_text
+from hf_saereg.study_l0 import SteeredTraining
 
 DOUBTED_SITE = "blocks.3.hook_resid_pre"  # where the published post found the gain unreliable
 
@@ -37,14 +38,16 @@ def write_study_page(
     found: StudyFindings,
     settings: Mapping[str, Mapping[str, Any]],
     facts: StudyFacts,
+    steered: Sequence[SteeredTraining],
     output_dir: Path,
 ) -> Path:
-    """Write `index.html` and `figures/` (PNG and SVG).
+    """Write `index.html`, `figures/` (PNG and SVG) and `tensorboard/`.
 
     Args:
         found: all that is said.
         settings: of `hf_saereg.study_settings`.
         facts: about the study.
+        steered: trainings whose L0 over the steps is drawn.
         output_dir: the study's folder.
 
     Returns:
@@ -54,7 +57,8 @@ def write_study_page(
         ImportError: if matplotlib or jinja2 is not installed.
     """
     require_extra("matplotlib", "jinja2")
-    from hf_saereg.report.events import Drawn
+    from hf_saereg.report.events import Drawn, write_events
+    from hf_saereg.report.l0_curves import draw_l0_curves, l0_caption
     from hf_saereg.report.trade_off import TradeOff, draw_trade_off, drawn_families
 
     shown = TradeOff(found.measured, settings)
@@ -62,7 +66,11 @@ def write_study_page(
     if drawn:
         figures["trade_off"] = Drawn(draw_trade_off, shown)
         words["trade_off"] = trade_off_caption(found, drawn, shown.variants)
+    if steered:
+        figures["l0"] = Drawn(draw_l0_curves, steered)
+        words["l0"] = l0_caption(steered)
     pictures = draw_pictures(figures, words, output_dir / "figures")
+    write_events(figures, output_dir / "tensorboard")
     page = output_dir / "index.html"
     html = render_template(
         "study.html.j2",
@@ -81,7 +89,6 @@ def write_study_page(
         flagged=[movement for movement in found.movements if movement.is_flagged],
         interval=lambda found, digits=3: "–" if found is None else interval_text(found, digits),
         ratio=lambda found: "–" if found is None else f"× {math.exp(found.mean):.2f}",
-        has_l0=(output_dir / "l0.png").is_file(),
     )
     page.write_text(html, encoding="utf-8")
     return page
