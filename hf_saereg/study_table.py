@@ -78,7 +78,10 @@ def _find(rows: list[dict[str, Any]], point: str) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows of `table` as a Markdown table: a line a variant, means over seeds."""
+    """The rows of `table` as two Markdown tables: a line a variant, means over seeds.
+
+    The second has what each site alone costs with fresh SAEs.
+    """
     points = list(dict.fromkeys(point for row in rows for point in row["compound"]))
     head = ["variant", "seeds", "CE", "CE cost", "time", "‖x‖ a site", "effective rank a site"]
     lines = [[*head, *(f"compound, {point}" for point in points)]]
@@ -97,4 +100,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 *map(_mean_increase, measured),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    fresh = [point for point in points if point.startswith("fresh ")]
+    by_site = [["CE increase a site", *fresh], ["---"] * (1 + len(fresh))]
+    for row in rows:
+        by_site.append([row["variant"], *(_increases(row["sites"].get(p)) for p in fresh)])
+    return f"{_text(lines)}\n{_text(by_site)}"
+
+
+def _increases(found: list[float] | None) -> str:
+    return "–" if found is None else ", ".join(f"{increase:.3f}" for increase in found)
+
+
+def _text(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -86,9 +86,11 @@ def test_shards_together_are_the_whole_and_nothing_runs_twice(study):
 
 
 def test_the_table_has_a_line_a_variant(study):
-    lines = (study[0] / "out" / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == NAMES
-    assert all(line.split("|")[2].strip() == "2" for line in lines[2:])
+    whole, by_site = (study[0] / "out" / "table.md").read_text().split("\n\n")
+    for text in (whole, by_site):
+        lines = text.splitlines()
+        assert [line.split("|")[1].strip() for line in lines[2:]] == NAMES
+    assert all(line.split("|")[2].strip() == "2" for line in whole.splitlines()[2:])
 
 
 def test_variants_are_compared_with_the_first_at_the_same_seed():
@@ -104,6 +106,7 @@ def test_variants_are_compared_with_the_first_at_the_same_seed():
     assert [c["ce_increase"] for c in other["compound"]["fresh topk 5"]] == [0.0, 0.1]
     assert other["sites"]["fresh topk 5"] == pytest.approx([0.025, 0.0125])
     assert "| other | 2 | 2.750 | +0.250 | 3.00 |" in markdown([plain, other])
+    assert "| other | 0.025, 0.013 |" in markdown([plain, other])
 
 
 def test_a_seed_without_its_first_variant_is_left_out():
