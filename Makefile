@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(VENV)/bin/accelerate launch --config_file recipes/accelerate/single.yaml \
+		--num_cpu_threads_per_process "$$(nproc)" \
 		recipes/train_character.py --config recipes/character_demo.yaml \
 		--resume_from_checkpoint true
 
