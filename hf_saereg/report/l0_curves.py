@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_saereg.report.canvas import LINES, Style, number_log_axis, panels, settings, site_label
 from hf_saereg.report.findings import listed
-from hf_saereg.report.layout import Caption
+from hf_saereg.report.layout import Caption, percent
 from hf_saereg.study_l0 import TOLERANCE, SteeredTraining
 
 Trainings = Sequence[SteeredTraining]
@@ -59,7 +59,7 @@ def l0_caption(trainings: Trainings) -> Caption:
     seeds = dict.fromkeys(own.seed for own in trainings)
     return Caption(
         "How L0 came to its target",
-        f"Shaded is what lies within {_percent(TOLERANCE)} of the target; a site has settled from "
+        f"Shaded is what lies within {percent(TOLERANCE)} of the target; a site has settled from "
         f"where it stays there to the end. {'; '.join(_summary(own) for own in trainings)}. "
         f"{'Seed' if len(seeds) == 1 else 'Seeds'} {listed(map(str, seeds))}, as logged: means of "
         "the tokens since the log before.",
@@ -99,14 +99,10 @@ def _site_by_site(own: SteeredTraining) -> str:
     sites = [
         f"{site_label(site)} "
         + (
-            f"within {_percent(TOLERANCE)} from step {settled[site]:,}"
+            f"within {percent(TOLERANCE)} from step {settled[site]:,}"
             if settled[site] is not None
             else f"not settled, at {curve.l0[-1]:.3g} in the end"
         )
         for site, curve in own.curves.items()
     ]
     return f"“{own.variant}”, target {_targets(own)}: {', '.join(sites)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

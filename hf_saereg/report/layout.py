@@ -102,6 +102,11 @@ def draw_pictures(
     return pictures
 
 
+def percent(share: float) -> str:
+    """A share as a whole percentage that does not break over a line."""
+    return f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%")
+
+
 def render_template(name: str, **values: Any) -> str:
     """Fill a template of this folder; what is not there is an error, what is there is escaped.
 
@@ -123,7 +128,7 @@ def render_template(name: str, **values: Any) -> str:
         l0=l0_text,
         count=lambda number: f"{number:,}",
         label=lambda value: f"{value:g}" if isinstance(value, float) else value,
-        percent=lambda share: f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
+        percent=percent,
         duration=_duration,
     )
     return environment.get_template(name).render(**values)
