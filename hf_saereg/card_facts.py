@@ -187,6 +187,8 @@ def _training(heads: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, 
         "k": "k",
         "target L0": "target_l0",
         "sparsity coefficient": "sparsity_coefficient",
+        "first positions of a row that SAEs do not read": "skip_positions",
+        "token ids that SAEs do not read": "skip_tokens",
     }
     facts = {label: _distinct([head.get(name) for head in ours]) for label, name in listed.items()}
     facts = {

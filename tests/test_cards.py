@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_card_says_what_was_trained_and_how(checkpoint):
     ):
         assert f"| `{site}` | {family} | {d_sae} | 9.5 | 0.125 | 0.25 | – |" in text
     assert "\n\n\n" not in text
+
+
+def test_tokens_that_the_heads_skip_are_named(plain_model, head_configs, checkpoint, tmp_path):
+    assert "do not read" not in written(checkpoint)
+    plain_model.attach_heads(
+        replace(config, skip_positions=1, skip_tokens=[7, 100]) for config in head_configs
+    )
+    plain_model.save_pretrained(tmp_path / "skipping")
+    text = written(tmp_path / "skipping")
+    assert "- first positions of a row that SAEs do not read: 1\n" in text
+    assert "- token ids that SAEs do not read: [7, 100]\n" in text
 
 
 def test_comparison_one_folder_above_fills_the_table(comparison):
