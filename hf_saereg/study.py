@@ -8,6 +8,7 @@ Notable:
   variant's training of the same seed took; `model: untrained` takes no step at all
 """
 
+import fnmatch
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,28 @@ class Study:
     def cells(self) -> list[tuple[str, int]]:
         """Variant and seed of every cell, one seed after the other."""
         return [(variant, seed) for seed in self.seeds for variant in self.variants]
+
+    def cells_of(self, patterns: list[str]) -> list[tuple[str, int]]:
+        """Cells of the variants whose names match, in the order of `cells`.
+
+        Args:
+            patterns: names of variants, with `*` for any part of one.
+
+        Raises:
+            StudyError: if one matches no variant.
+        """
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(variant, pattern) for variant in self.variants):
+                known = ", ".join(repr(variant) for variant in self.variants)
+                raise StudyError(
+                    f"{self.path} has no variant {pattern!r}; it has {known} (* stands for any "
+                    "part of a name)."
+                )
+        return [
+            (variant, seed)
+            for variant, seed in self.cells()
+            if any(fnmatch.fnmatchcase(variant, pattern) for pattern in patterns)
+        ]
 
     def _check_controls(self) -> None:
         for variant, options in self.variants.items():

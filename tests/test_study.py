@@ -85,6 +85,30 @@ def test_shards_together_are_the_whole_and_nothing_runs_twice(study):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
+def test_only_the_variants_asked_for_are_run(study):
+    folder = study[0]
+    asked, other = (
+        folder / "out" / name / "seed_0" / "cell.json" for name in ("untrained", "sparser, k 2")
+    )
+    kept = other.read_text()
+    asked.unlink()
+    other.unlink()
+    words = ["--study", folder / "study.yaml", "--output_dir", folder / "out", "--only", "unt*"]
+    main([*map(str, words)])
+    assert asked.exists() and not other.exists()
+    other.write_text(kept)
+    main([*map(str, words)])  # which compares all that is finished
+
+
+def test_a_pattern_that_no_variant_matches_is_refused(study):
+    read = Study.read(study[0] / "study.yaml")
+    assert read.cells_of(["as long", "plain"]) == [
+        (variant, seed) for seed in (0, 1) for variant in ("plain", "as long")
+    ]
+    with pytest.raises(StudyError, match=r"no variant 'sparser'; it has 'plain', .*'sparser, k 2'"):
+        read.cells_of(["plain", "sparser"])
+
+
 def test_the_table_has_a_line_a_variant(study):
     whole, by_site = (study[0] / "out" / "table.md").read_text().split("\n\n")
     for text in (whole, by_site):

@@ -10,6 +10,7 @@ Notable:
 - finished cells are never run again; interrupted ones go on
 - two terminals share the work with `--shard 0 2` and `--shard 1 2`; each writes what is finished by
   then, and a control that waits for a cell of the other is left to the next call
+- `--only plain 'published*'` runs these variants, and compares all that are finished
 - L0 over the steps of a steered cell is kept in its folder, so that its figure can be drawn again
   where the weights and the log of the training are gone
 """
@@ -49,6 +50,13 @@ class CompareArguments:
         default_factory=lambda: [0, 1],
         metadata={"help": "I N: run every N-th cell, from the I-th on."},
     )
+    only: list[str] = field(
+        default_factory=lambda: ["*"],
+        metadata={
+            "help": "Variants that this call runs, * for any part of a name; all by default. What "
+            "others have finished is compared too."
+        },
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -68,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(str(error)) from error
     study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
     settings = settings_of(study)
-    cells = shard_of(study.cells(), arguments.shard)
+    cells = shard_of(study.cells_of(arguments.only), arguments.shard)
     _run(study, cells, folder)
     for variant, seed in cells:
         transplant(study, variant, seed, folder)
