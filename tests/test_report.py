@@ -258,6 +258,31 @@ def test_convergence_finds_the_median_and_where_the_largest_movement_is():
     assert found.site == SITES[4]
 
 
+def test_convergence_is_of_the_mean_over_sites_where_single_saes_wander():
+    results = make_results(moved=0.0)
+    wanted = {"model": "plain", "family": "topk", "sparsity": 20, "source": "fresh"}
+    same = [row for row in results["rows"] if wanted.items() <= row.items()]
+    up, down = same[2:4]
+    up["ce_increase_at_half"] = up["ce_increase"] + 0.03
+    down["ce_increase_at_half"] = down["ce_increase"] - 0.03
+    found = measure_convergence(read_results(results))[0]
+    assert found.mean == pytest.approx(0, abs=1e-12) and found.largest > 0.2
+    down["ce_increase_at_half"] = down["ce_increase"]
+    found = measure_convergence(read_results(results))[0]
+    assert found.mean == pytest.approx(0.03 / sum(row["ce_increase"] for row in same))
+
+
+def test_compound_movement_is_said_where_the_mean_over_sites_has_settled():
+    results = make_results(moved=0.0)
+    assert "read no smaller difference" not in page_text(results)
+    row = next(row for row in results["compound"]
+               if (row["model"], row["family"]) == ("regularized", "topk"))  # fmt: skip
+    row["ce_increase_at_half"] = row["ce_increase"] * 1.25
+    text = page_text(results)
+    assert "moved by up to 25 % (topk, regularized): read no smaller difference" in text
+    assert "not settled" not in text
+
+
 # ------------------------------------------------------------------------------------------ reader
 
 

@@ -21,7 +21,7 @@ from hf_saereg.report.verdict import (
     measure_convergence,
 )
 
-SETTLED = 0.10  # median movement up to which a comparison counts as settled
+SETTLED = 0.10  # movement of the mean over sites up to which a comparison counts as settled
 BARS_AT = 50  # of the published bars; the nearest L0 that all models reached is shown
 SUM_L0 = "Σ\N{NO-BREAK SPACE}L0"
 EQUAL_CE = 0.0005  # nats; what rounds to 0.000 is not called a difference
@@ -129,7 +129,7 @@ def find(results: Results) -> Findings:
         headline=_headline(results, compound),
         worse=_worse(results, comparisons),
         convergence=convergence,
-        unsettled=[found for found in convergence if found.median > SETTLED],
+        unsettled=[found for found in convergence if found.mean > SETTLED],
         overfitting=_overfitting(results),
         readings=_readings(results, comparisons),
         descriptions=_descriptions(results, compound, sites),

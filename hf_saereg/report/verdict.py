@@ -196,17 +196,24 @@ class Comparison:
 class Convergence(NamedTuple):
     """How far the CE increase of fresh SAEs moved over the second half of their training.
 
+    Where a single SAE costs next to nothing, what it costs wanders by its own size, however long it
+    trains; the mean over the sites shows whether longer training still buys something.
+
     Attributes:
         model: whose activations they were trained on.
         family: their family.
-        median: relative movement, over sites and sparsities.
-        largest: the largest one,
+        mean: relative movement of the mean over the sites, the largest over sparsities.
+        compound: the same with all sites replaced at once.
+        median: of the single SAEs, over sites and sparsities.
+        largest: the largest one of them,
         site: where it was found,
         sparsity: and at which k or coefficient.
     """
 
     model: str
     family: str
+    mean: float
+    compound: float
     median: float
     largest: float
     site: str
@@ -225,8 +232,7 @@ def site_curve(results: Results, model: str, family: str, site: str) -> Curve:
 
 def compound_curve(results: Results, model: str, family: str) -> Curve:
     """Return the curve of one family of fresh SAEs at all sites of one model at once."""
-    wanted = (model, family, FRESH)
-    return _curve(row for row in results.compound if (row.model, row.family, row.source) == wanted)
+    return _curve(_fresh_compound(results, model, family))
 
 
 def compare_sites(results: Results) -> list[Comparison]:
@@ -248,20 +254,39 @@ def compare_compound(results: Results) -> list[Comparison]:
 
 def measure_convergence(results: Results) -> list[Convergence]:
     """Measure how settled the fresh SAEs are, for each model and family that has any."""
-    measured = []
-    for family in results.families:
-        for model in MODELS:
-            rows = fresh_rows(results, model, family)
-            if not rows:
-                continue
-            movements = [
-                relative_movement(row.ce_increase_at_half, row.ce_increase) for row in rows
-            ]
-            largest, farthest = max(zip(movements, rows, strict=True), key=lambda pair: pair[0])
-            median = statistics.median(movements)
-            place = farthest.site, farthest.sparsity
-            measured.append(Convergence(model, family, median, largest, *place))
-    return measured
+    return [
+        _convergence(results, model, family)
+        for family in results.families
+        for model in MODELS
+        if fresh_rows(results, model, family)
+    ]
+
+
+def _convergence(results: Results, model: str, family: str) -> Convergence:
+    rows = fresh_rows(results, model, family)
+    by_sparsity = defaultdict[float | str, list[SAEResult]](list)
+    for row in rows:
+        by_sparsity[row.sparsity].append(row)
+    means = [
+        relative_movement(
+            statistics.fmean(row.ce_increase_at_half for row in same),
+            statistics.fmean(row.ce_increase for row in same),
+        )
+        for same in by_sparsity.values()
+    ]
+    compound = [_movement(row) for row in _fresh_compound(results, model, family)]
+    singles = [_movement(row) for row in rows]
+    largest, farthest = max(zip(singles, rows, strict=True), key=lambda pair: pair[0])
+    return Convergence(
+        model,
+        family,
+        mean=max(means),
+        compound=max(compound),
+        median=statistics.median(singles),
+        largest=largest,
+        site=farthest.site,
+        sparsity=farthest.sparsity,
+    )
 
 
 def fresh_rows(results: Results, model: str, family: str) -> list[SAEResult]:
@@ -270,12 +295,21 @@ def fresh_rows(results: Results, model: str, family: str) -> list[SAEResult]:
     return [row for row in results.rows if (row.model, row.family, row.source) == wanted]
 
 
+def _fresh_compound(results: Results, model: str, family: str) -> list[CompoundResult]:
+    wanted = (model, family, FRESH)
+    return [row for row in results.compound if (row.model, row.family, row.source) == wanted]
+
+
+def _movement(row: SAEResult | CompoundResult) -> float:
+    return relative_movement(row.ce_increase_at_half, row.ce_increase)
+
+
 def _curve(rows: Iterable[SAEResult | CompoundResult]) -> Curve:
     return Curve.through(
         CurvePoint(
             row.l0 if isinstance(row, SAEResult) else row.sum_l0,
             row.ce_increase,
-            relative_movement(row.ce_increase_at_half, row.ce_increase),
+            _movement(row),
         )
         for row in rows
     )
