@@ -2,10 +2,10 @@
 
     python -m benchmarks.full_size [OPTION VALUE …]
 
-Options are those of `recipes/finetune_gpt2.py`, over `recipes/gpt2_small.yaml`. By default the text
-is the packaged plays, a character a token, because neither memory nor speed depends on what it says;
-`--dataset FILE --tokenizer FOLDER` reads another one. The checkpoint has the tensor names of the
-published one.
+Options are those of `recipes/finetune_gpt2.py`, over `recipes/gpt2_small.yaml`. By default the
+text is the packaged plays, a character a token, because neither memory nor speed depends on what it
+says; `--dataset FILE --tokenizer FOLDER` reads another one. The checkpoint has the tensor names of
+the published one.
 """
 
 import json

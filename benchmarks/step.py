@@ -35,6 +35,7 @@ from benchmarks.table import text
 from benchmarks.timing import conditions, median_seconds
 from benchmarks.training import STAGES, checkpoints, how_made
 from hf_saereg.errors import UserError, one_sentence_errors
+from hf_saereg.report.layout import require_extra
 from hf_saereg.run_folder import write_json
 
 DOUBLING_TURNS = 20
@@ -142,6 +143,12 @@ def main() -> None:
             f"--tokens is {tokens} and --repeats {options.repeats}; a step needs at least 2 tokens "
             "and a median at least one repeat."
         )
+    if not options.json.parent.is_dir():
+        raise UserError(f"There is no folder {options.json.parent} for --json; make it first.")
+    draw = None
+    if options.figure != "none":
+        require_extra("matplotlib")
+        from benchmarks.figure import draw
     folder = options.checkpoints or Path("runs/benchmarks") / options.shape
     saved = checkpoints(shape, folder)
     input_ids = shape.batches(tokens)[0]
@@ -158,15 +165,15 @@ def main() -> None:
         "precision": precision,
         "seconds_by_precision": by_precision,  # on `PRECISION_PART` of the tokens
         "checkpoints": how_made(shape, folder),
-        "stages": {
-            stage: measure_stage(saved[stage], options.shape, *common) for stage in options.stages
-        },
+        "stages": {},
     }
+    for stage in options.stages:  # kept one by one: each takes minutes
+        results["stages"][stage] = measure_stage(saved[stage], options.shape, *common)
+        write_json(options.json, results)
     if options.story:
         results["story"] = measure_story(shape, options.story, precision)
-    if options.figure != "none":
-        from benchmarks.figure import draw  # matplotlib is an extra
-
+        write_json(options.json, results)
+    if draw is not None:
         results["scaling"] = measure_scaling(saved["late"], *common, DOUBLING_TURNS)
         draw(results).savefig(options.figure or options.json.with_suffix(".png"), dpi=160)
     write_json(options.json, results)

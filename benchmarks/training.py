@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.paths import adamw, run_path
 from benchmarks.shapes import Shape
+from hf_saereg.errors import UserError
 from hf_saereg.heads import SAEHead, SAEHeadConfig, make_head
 from hf_saereg.kernels import batch_threshold
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
@@ -139,9 +140,20 @@ def checkpoints(shape: Shape, folder: Path) -> dict[str, Path]:
     Args:
         shape: of model and heads.
         folder: created if absent.
+
+    Raises:
+        UserError: if those in `folder` were made otherwise.
     """
     finished = folder / FINISHED
-    if not finished.is_file():
+    made = _made(shape)
+    if finished.is_file():
+        before = {name: json.loads(finished.read_text()).get(name) for name in made}
+        if before != made:
+            raise UserError(
+                f"{folder} has checkpoints that were made otherwise ({before}, now {made}); delete "
+                "it, or give another --checkpoints."
+            )
+    else:
         losses, shifted = [], []
         steps = shape.training_steps
         ends = {
@@ -155,7 +167,7 @@ def checkpoints(shape: Shape, folder: Path) -> dict[str, Path]:
                 shifted = shift_far_heads(model, shape.batches(shape.cpu_tokens)[0])
             if stage:
                 model.save_pretrained(folder / stage)
-        write_json(finished, {"losses": losses, "shifted": shifted})
+        write_json(finished, {**made, "losses": losses, "shifted": shifted})
     return {stage: folder / stage for stage in STAGES}
 
 
@@ -166,10 +178,13 @@ def how_made(shape: Shape, folder: Path) -> dict[str, Any]:
         shape: of model and heads.
         folder: of the checkpoints.
     """
+    return _made(shape) | {"shifted": json.loads((folder / FINISHED).read_text())["shifted"]}
+
+
+def _made(shape: Shape) -> dict[str, Any]:
     return {
         "how": HOW,
         "after_part_of_the_steps": STAGES,
         "steps": shape.training_steps,
         "tokens_a_step": shape.training_tokens,
-        "shifted": json.loads((folder / FINISHED).read_text())["shifted"],
     }

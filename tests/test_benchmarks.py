@@ -10,7 +10,8 @@ from benchmarks import cheap, fresh, scaling, step, story, table, timing
 from benchmarks.naive import naive
 from benchmarks.paths import path_names, run_path
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.training import fitted_head, shift_far_heads
+from benchmarks.training import checkpoints, fitted_head, shift_far_heads
+from hf_saereg.errors import UserError
 from hf_saereg.heads import SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -78,6 +79,15 @@ def test_heads_that_a_run_left_far_from_the_target_are_shifted_to_it(config, inp
     for name in names:
         assert sites[name].losses.statistics.l0 == pytest.approx(15.0, abs=0.5)
     assert shift_far_heads(model, input_ids) == []
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    run, shape = tmp_path / "run", SHAPES["uniform512"]
+    run.mkdir()
+    (run / "training.json").write_text(json.dumps({"losses": [], "shifted": []}))
+    with pytest.raises(UserError, match="made otherwise.*delete it, or give another") as caught:
+        checkpoints(shape, run)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_largest_difference_of_a_story_is_relative_to_the_naive_path():
