@@ -85,7 +85,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     run, shape = tmp_path / "run", SHAPES["uniform512"]
     run.mkdir()
     (run / "training.json").write_text(json.dumps({"losses": [], "shifted": []}))
-    with pytest.raises(UserError, match="made otherwise.*delete it, or give another") as caught:
+    with pytest.raises(UserError, match=r"made otherwise.*delete it, or give another") as caught:
         checkpoints(shape, run)
     assert "\n" not in str(caught.value)
 
