@@ -106,8 +106,8 @@ def test_memory_layout_of_x_does_not_matter(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
-    # which latent crosses a threshold by rounding is luck: means over seeds, and some slack
-    slack, bound = (1e-3, 0.1) if autocast else (2e-5, 5e-3)
+    # sums one token after the other round a little more than BLAS does; in bfloat16 it is in float32
+    slack, bound = (1e-3, 0.1) if autocast else (3e-6, 5e-6)
     dense_errors, errors = [], []
     for seed in range(4):
         head, x = head_and_tokens(architecture, 1000, 64, 512, k=20, seed=seed)
@@ -118,7 +118,8 @@ def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
         for kernel, its_errors in (("dense", dense_errors), ("sparse", errors)):
             measured = losses_and_gradients(head, x, kernel, autocast)
             its_errors.append(relative_errors(measured, reference))
-    dense_errors, errors = torch.tensor(dense_errors).mean(0), torch.tensor(errors).mean(0)
+    # medians over seeds: which latent crosses a threshold by rounding is luck
+    dense_errors, errors = (torch.tensor(all_).median(0).values for all_ in (dense_errors, errors))
     assert (errors <= 1.2 * dense_errors + slack).all()
     assert max(errors) < bound
 
