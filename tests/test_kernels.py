@@ -106,7 +106,7 @@ def test_memory_layout_of_x_does_not_matter(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_lower_precision_is_no_less_exact_than_dense(architecture, autocast):
-    # sums one token after the other round a little more than BLAS does; in bfloat16 it is in float32
+    # sums that go from token to token round a little more than those of BLAS
     slack, bound = (1e-3, 0.1) if autocast else (3e-6, 5e-6)
     dense_errors, errors = [], []
     for seed in range(4):
