@@ -4,6 +4,7 @@ import importlib.util
 import re
 
 import pytest
+import yaml
 from conftest import REPOSITORY
 
 from hf_saereg.character import OPTION_CLASSES
@@ -52,3 +53,19 @@ def test_studies_have_usable_variants(path):
     study = Study.read(path)
     assert settings_of(study).keys() == study.variants.keys()
     assert str(path.relative_to(REPOSITORY)) in path.read_text().splitlines()[0]
+
+
+def test_published_training_has_the_settings_of_the_post():
+    settings = yaml.safe_load((RECIPES / "character_published.yaml").read_text())
+    post = {
+        **{"block_size": 128, "train_fraction": 0.9, "n_layer": 4, "n_head": 4, "n_embd": 64},
+        **{"dropout": 0.0, "architecture": "standard", "d_sae": [512, 512, 2048, 4096, 4096]},
+        **{"sparsity_coefficient": [0.020, 0.035, 0.085, 0.070, 0.075]},
+        **{"reconstruction_weight": [3.0], "max_steps": 15000, "per_device_train_batch_size": 128},
+        **{"train_sampling_strategy": "sequential", "learning_rate": 1e-3, "warmup_steps": 750},
+        **{"plain_warmup_steps": 1000, "lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        **{"weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0},
+        **{"bf16": True, "eval_steps": 250, "load_best_model_at_end": True},
+        **{"metric_for_best_model": "objective", "fresh_steps": 7500, "fresh_warmup_steps": 750},
+    }
+    assert {name: settings[name] for name in post} == post
