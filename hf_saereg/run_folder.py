@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from hf_saereg.errors import UserError
 
 RUN_FILE = "run.json"
+RECORD_KEYS = {"options", "figures", "world_size", "wall_seconds"}  # that a continuation reads
 PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numba")
 # what may differ between a run and its continuation: how it is watched and published, not what it
 # computes
@@ -56,15 +57,17 @@ def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> Non
         resume: whether a folder of the same run may be continued.
 
     Raises:
-        RunFolderError: if it holds another run, this one without `resume`, or other files.
+        RunFolderError: if it holds another run, this one without `resume`, or other files, or its
+            `run.json` cannot be read.
     """
-    if not (folder / RUN_FILE).is_file():
+    record = _read_record(folder)
+    if record is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunFolderError(
                 f"{folder} is not empty and holds no {RUN_FILE}; choose another output_dir."
             )
         return
-    before = json.loads((folder / RUN_FILE).read_text())["options"]
+    before = record["options"]
     options = json.loads(json.dumps(options))
     # an option of a later version that is off changes nothing
     added = {name for name in options.keys() - before.keys() if not options[name]}
@@ -86,9 +89,31 @@ def finished_figures(folder: Path) -> dict[str, Any] | None:
 
     Args:
         folder: need not exist.
+
+    Raises:
+        RunFolderError: if `run.json` cannot be read.
     """
+    record = _read_record(folder)
+    return record and record["figures"]
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """`run.json` of a folder, None where there is none."""
     path = folder / RUN_FILE
-    return json.loads(path.read_text()).get("figures") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no valid JSON"
+        raise RunFolderError(
+            f"{path} cannot be read ({reason}); choose another output_dir or delete that folder."
+        ) from error
+    if not (isinstance(record, dict) and record.keys() >= RECORD_KEYS):
+        raise RunFolderError(
+            f"{path} is not what a run of this package writes; choose another output_dir."
+        )
+    return record
 
 
 def write_run(

@@ -71,6 +71,34 @@ def test_a_tuple_is_the_list_that_json_makes_of_it(folder):
     check_run_folder(folder, OPTIONS | {"d_sae": (8, 16)}, resume=True)
 
 
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('{"options": {"lea', r"run\.json cannot be read \(no valid JSON\)"),
+        ("\x00", "no valid JSON"),
+        ("", "no valid JSON"),
+        ("[]", "not what a run of this package writes"),
+        ('{"name": "another program"}', "not what a run of this package writes"),
+        ('{"options": {}}', "not what a run of this package writes"),
+    ],
+)
+def test_a_record_that_is_damaged_or_foreign_is_refused_in_one_sentence(folder, text, sentence):
+    (folder / RUN_FILE).write_text(text)
+    for read in (
+        lambda: check_run_folder(folder, OPTIONS, resume=True),
+        lambda: finished_figures(folder),
+    ):
+        with pytest.raises(RunFolderError, match=sentence) as caught:
+            read()
+        assert "\n" not in str(caught.value) and "output_dir" in str(caught.value)
+
+
+def test_a_record_that_is_no_text_is_refused(folder):
+    (folder / RUN_FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(RunFolderError, match="no valid JSON"):
+        check_run_folder(folder, OPTIONS, resume=True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_other_files_is_refused(tmp_path, resume):
     (tmp_path / "thesis.tex").touch()
