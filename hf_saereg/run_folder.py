@@ -2,7 +2,7 @@
 
 Notable:
 - resolved options, versions, commit, seed, processes, device and time are enough to run it again
-- a folder is continued only by the same options
+- a folder is continued only by the same options, and before its end by as many processes
 - JSON is written beside its place and moved there: a killed process leaves the old file or the new
 """
 
@@ -129,10 +129,27 @@ def write_run(
         arguments: of the run's processes, device and seed.
         options: resolved options, JSON-serialisable.
         figures: what came out, `wall_seconds` among them; given once the run is finished.
+
+    Raises:
+        RunFolderError: if other than as many processes began this run, and it is not finished.
     """
     if arguments.should_save:
+        _check_processes(folder, arguments.world_size)
         about = (arguments.seed, arguments.world_size, arguments.device)
         write_record(folder, options, *about, figures)
+
+
+def _check_processes(folder: Path, world_size: int) -> None:
+    """A batch is shared out among the processes, so that with another number it is another one."""
+    record = _read_record(folder)
+    if record is None or record["figures"]:
+        return
+    if record["world_size"] != world_size:
+        raise RunFolderError(
+            f"{folder} holds an unfinished run whose batch another number of processes would change"
+            f" (world_size was {record['world_size']}, now {world_size}); launch "
+            f"{record['world_size']} again, or choose another output_dir."
+        )
 
 
 def write_record(

@@ -142,6 +142,21 @@ def test_a_run_is_finished_once_it_has_figures(folder, arguments):
     assert json.loads((folder / RUN_FILE).read_text())["wall_seconds"] == 3.0
 
 
+def test_only_a_finished_run_may_be_met_by_another_number_of_processes(
+    folder, arguments, monkeypatch
+):
+    write_run(folder, arguments, CONTINUED)
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(RunFolderError, match=r"world_size was 1, now 2\).* launch 1 again"):
+            write_run(folder, arguments, CONTINUED)
+    assert contents(folder) == before
+    write_run(folder, arguments, OPTIONS, {"wall_seconds": 3.0})
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    write_run(folder, arguments, CONTINUED)
+
+
 def test_the_record_is_enough_to_run_it_again(folder):
     record = json.loads((folder / RUN_FILE).read_text())
     assert record["seed"] == 7
