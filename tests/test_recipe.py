@@ -323,6 +323,15 @@ def test_a_bad_option_is_one_sentence_and_leaves_nothing(recipe, tmp_path, optio
     assert_refused(recipe, tmp_path, sentence, **{option.split()[0]: value})
 
 
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_what_the_page_needs_is_sought_before_anything_is_trained(
+    recipe, tmp_path, monkeypatch, name
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    sentence = f"The report needs {name}: run `pip install 'hf-saereg[report]'`"
+    assert_refused(recipe, tmp_path, sentence)
+
+
 def test_more_latents_a_token_than_there_are_is_refused(recipe, tmp_path):
     assert_refused(recipe, tmp_path, "needs 1 ≤ k ≤ d_sae (48)", architecture="topk", k=[49])
 
