@@ -141,15 +141,21 @@ class HeadsArguments(SkipOptions):
         """`k`, `target_l0` and `sparsity_coefficient`: values of what the family reads.
 
         Raises:
-            HeadConfigError: if nothing says how sparse the heads shall be, or k is no whole number.
+            HeadConfigError: if nothing says how sparse the heads shall be, an option says it that
+                the family does not read, or k is no whole number.
         """
         has_k = family_named(self.architecture).sparsity_option == "k"
+        own, foreign = ("k", "sparsity_coefficient") if has_k else ("sparsity_coefficient", "k")
+        if getattr(self, foreign):
+            raise HeadConfigError(
+                f"{self.architecture} heads do not read {foreign}; take it out, of the YAML file "
+                f"too, and give target_l0, which every family reads, or {own}."
+            )
         k = self.k or self.target_l0
         if not (k if has_k else self.target_l0 or self.sparsity_coefficient):
-            other = "k" if has_k else "sparsity_coefficient"
             raise HeadConfigError(
                 f"Nothing says how sparse the {self.architecture} heads shall be; give target_l0 "
-                f"or {other}."
+                f"or {own}."
             )
         if not has_k:
             coefficients = self.sparsity_coefficient or [0.0]

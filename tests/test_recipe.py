@@ -333,12 +333,18 @@ def test_what_the_page_needs_is_sought_before_anything_is_trained(
 
 
 def test_more_latents_a_token_than_there_are_is_refused(recipe, tmp_path):
-    assert_refused(recipe, tmp_path, "needs 1 ≤ k ≤ d_sae (48)", architecture="topk", k=[49])
+    own = {"architecture": "topk", "sparsity_coefficient": None, "k": [49]}
+    assert_refused(recipe, tmp_path, "needs 1 ≤ k ≤ d_sae (48)", **own)
 
 
 def test_topk_heads_without_k_are_refused(recipe, tmp_path):
     sentence = "how sparse the topk heads shall be; give target_l0 or k"
-    assert_refused(recipe, tmp_path, sentence, architecture="topk")
+    assert_refused(recipe, tmp_path, sentence, architecture="topk", sparsity_coefficient=None)
+
+
+def test_another_family_than_that_of_the_file_does_not_read_its_coefficient(recipe, tmp_path):
+    sentence = "topk heads do not read sparsity_coefficient; take it out, of the YAML file too"
+    assert_refused(recipe, tmp_path, sentence, "--architecture", "topk", "--target_l0", "4")
 
 
 def test_a_misspelt_word_of_the_command_line_is_refused(recipe, tmp_path):
@@ -370,7 +376,8 @@ def test_a_folder_of_other_files_is_refused(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_launched_too_an_error_is_one_sentence_and_a_failure(tmp_path):
-    code, output, errors = finish(start(configuration(tmp_path, k=[0], architecture="topk")))
+    own = {"architecture": "topk", "sparsity_coefficient": None, "k": [0]}
+    code, output, errors = finish(start(configuration(tmp_path, **own)))
     assert code != 0 and "Traceback" not in errors.partition("error: ")[0]
     assert "error: k at blocks.0.hook_resid_pre is 0; a topk head needs" in errors
     assert not (tmp_path / "run").exists() and "Open" not in output
