@@ -18,6 +18,16 @@ T = TypeVar("T")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # of `GPT2Config`
 
 
+def check_dropout(dropout: float) -> None:
+    """Check a share of activations that is dropped.
+
+    Raises:
+        HeadConfigError: if it is none.
+    """
+    if not 0 <= dropout < 1:
+        raise HeadConfigError(f"dropout is {dropout}; it must be from 0 to below 1.")
+
+
 def gpt2_hook_names(n_layer: int) -> list[str]:
     """All `n_layer + 1` residual-stream sites, in stream order."""
     return [f"blocks.{i}.hook_resid_pre" for i in range(n_layer)] + [
@@ -188,6 +198,7 @@ class CharacterModelArguments:
                 f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}); choose widths "
                 "that divide evenly."
             )
+        check_dropout(self.dropout)
 
     def config(self, context: int, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
         """GPT-2 of this shape; of characters there is padding, but neither BOS nor EOS."""

@@ -26,7 +26,7 @@ PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tok
 # what may differ between a run and its continuation: how it is watched and published, not what it
 # computes
 CONTINUATION_OPTIONS = {
-    *("resume_from_checkpoint", "disable_tqdm", "logging_dir"),
+    *("resume_from_checkpoint", "disable_tqdm", "logging_dir", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
     *("hub_private_repo", "hub_always_push", "hub_revision"),
 }

@@ -104,7 +104,13 @@ def test_character_model_has_one_embedding_a_character_and_the_context_of_a_bloc
     assert config.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("shape", [{"n_head": 3}, {"n_layer": 0}, {"n_embd": -64}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *({"n_head": 3}, {"n_layer": 0}, {"n_embd": -64}),
+        *({"dropout": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}),
+    ],
+)
 def test_a_model_that_cannot_be_is_refused_by_the_option_at_fault(shape):
     with pytest.raises(UserError, match=next(iter(shape))):
         CharacterModelArguments(**shape)

@@ -302,6 +302,10 @@ BAD = {
     "max_stesp": (3, "did you mean 'max_steps'"),
     "max_steps": ("many", "invalid int value: 'many'"),
     "kernel": ("fast", "Unknown kernel 'fast'"),
+    "dropout": (1.5, "dropout is 1.5; it must be from 0 to below 1"),
+    "report_to": ("tensorbord", "report_to names 'tensorbord'; choose from"),
+    "learning_rate": (-1.0, "learning_rate is -1.0; it must be a finite number ≥ 0"),
+    "learning_rate nan": (float("nan"), "learning_rate is nan"),
 }
 
 

@@ -16,7 +16,7 @@ from hf_saereg.run_folder import (
 )
 
 OPTIONS = {"learning_rate": 1e-3, "d_sae": [8, 16], "resume_from_checkpoint": None}
-CONTINUED = OPTIONS | {"resume_from_checkpoint": "true", "disable_tqdm": True}
+CONTINUED = OPTIONS | {"resume_from_checkpoint": "true", "disable_tqdm": True, "report_to": []}
 
 
 @pytest.fixture
