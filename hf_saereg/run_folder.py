@@ -116,6 +116,19 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def earlier_seconds(folder: Path) -> float:
+    """What `run.json` says that the sessions of a run took until now; 0 where it says nothing.
+
+    Args:
+        folder: need not exist.
+
+    Raises:
+        RunFolderError: if `run.json` cannot be read.
+    """
+    record = _read_record(folder)
+    return (record and record["wall_seconds"]) or 0.0
+
+
 def write_run(
     folder: Path,
     arguments: TrainingArguments,
@@ -160,7 +173,7 @@ def write_record(
     device: torch.device,
     figures: dict[str, Any] | None = None,
 ) -> None:
-    """Write `run.json`; called by the main process.
+    """Write `run.json`; called by the main process. Until there are figures, its time stays.
 
     Args:
         folder: created if absent.
@@ -175,7 +188,7 @@ def write_record(
         "seed": seed,
         "world_size": world_size,
         "device": str(device),
-        "wall_seconds": figures and figures["wall_seconds"],
+        "wall_seconds": figures["wall_seconds"] if figures else earlier_seconds(folder) or None,
         "command": command_line(),
         "python": platform.python_version(),
         "versions": package_versions(),

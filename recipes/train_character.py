@@ -33,7 +33,7 @@ def main() -> None:
     )
     write_json(output_dir / "results.json", results)
     page = write_report(results, output_dir)
-    write_run(output_dir, job.arguments, job.options, {"wall_seconds": time.monotonic() - start})
+    write_run(output_dir, job.arguments, job.options, {"wall_seconds": job.wall_seconds(start)})
     job.publish()
     print(f"Open {page.resolve()}")
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hf_saereg import character
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.heads import FAMILIES
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.resuming import SESSION_FILE
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
@@ -245,6 +247,34 @@ def test_every_family_regularizes_and_is_fitted_by_its_name_alone(recipe, tmp_pa
     seen = {(row["model"], row["family"], row["source"], row["site"]) for row in results["rows"]}
     own = {("regularized", family, "cotrained", site) for site in SITES}
     assert seen == own | {(name, family, "fresh", site) for name in NAMES for site in SITES}
+
+
+def test_a_second_call_adds_its_time_to_that_of_the_first(recipe, tmp_path):
+    config = configuration(tmp_path, max_steps=2, fresh_steps=2, save_steps=1)
+    recipe("--config", config)
+    run = tmp_path / "run"
+    first = json.loads((run / "run.json").read_text())["wall_seconds"]
+    trainings = [json.loads((run / name / "run.json").read_text()) for name in NAMES]
+    assert first > sum(training["wall_seconds"] for training in trainings) > 0
+    recipe("--config", config, "--resume_from_checkpoint", "true")
+    record = json.loads((run / "run.json").read_text())
+    assert first < record["wall_seconds"] == record["figures"]["wall_seconds"]
+    # one training finished before, the other cut off after its first checkpoint
+    for folder, seconds in ((run, None), (run / "plain", 1000.0), (run / "regularized", None)):
+        record = json.loads((folder / "run.json").read_text())
+        record |= {"wall_seconds": seconds, "figures": record["figures"] if seconds else None}
+        if seconds:
+            record["figures"]["wall_seconds"] = seconds
+        (folder / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(run / "regularized" / "checkpoint-2")
+    session = run / "regularized" / "checkpoint-1" / SESSION_FILE
+    session.write_text(json.dumps({"train_seconds": 100.0, "wall_seconds": 200.0}))
+    recipe("--config", config, "--resume_from_checkpoint", "true")
+    last, regularized = (
+        json.loads((folder / "run.json").read_text())["wall_seconds"]
+        for folder in (run, run / "regularized")
+    )
+    assert 200 < regularized < 300 and 1200 < last < 1400 and last - 1000 > regularized
 
 
 def snapshot(folder):

@@ -10,13 +10,18 @@ from hf_saereg.run_folder import (
     RUN_FILE,
     RunFolderError,
     check_run_folder,
+    earlier_seconds,
     finished_figures,
     write_json,
     write_run,
 )
 
 OPTIONS = {"learning_rate": 1e-3, "d_sae": [8, 16], "resume_from_checkpoint": None}
-CONTINUED = OPTIONS | {"resume_from_checkpoint": "true", "disable_tqdm": True, "report_to": []}
+CONTINUED = OPTIONS | {
+    "resume_from_checkpoint": "true",
+    "disable_tqdm": True,
+    "report_to": ["wandb"],
+}
 
 
 @pytest.fixture
@@ -155,6 +160,15 @@ def test_only_a_finished_run_may_be_met_by_another_number_of_processes(
     write_run(folder, arguments, OPTIONS, {"wall_seconds": 3.0})
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     write_run(folder, arguments, CONTINUED)
+
+
+def test_the_time_of_earlier_sessions_stays_until_there_are_new_figures(folder, arguments):
+    assert earlier_seconds(folder / "absent") == earlier_seconds(folder) == 0
+    write_run(folder, arguments, OPTIONS, {"wall_seconds": 3.0})
+    write_run(folder, arguments, CONTINUED)
+    assert finished_figures(folder) is None and earlier_seconds(folder) == 3.0
+    write_run(folder, arguments, CONTINUED, {"wall_seconds": 4.0})
+    assert earlier_seconds(folder) == 4.0
 
 
 def test_the_record_is_enough_to_run_it_again(folder):
