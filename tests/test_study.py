@@ -191,6 +191,13 @@ def test_a_study_that_cannot_run_is_refused_in_one_sentence(tmp_path, content, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_study_that_is_no_yaml_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "study.yaml").write_text("base: [\n")
+    with pytest.raises(StudyError, match=r"study\.yaml: .*line 2") as caught:
+        Study.read(tmp_path / "study.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_study_is_named(tmp_path):
     with pytest.raises(StudyError, match=r"absent\.yaml"):
         Study.read(tmp_path / "absent.yaml")
