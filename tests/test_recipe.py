@@ -249,6 +249,18 @@ def test_every_family_regularizes_and_is_fitted_by_its_name_alone(recipe, tmp_pa
     assert seen == own | {(name, family, "fresh", site) for name in NAMES for site in SITES}
 
 
+def test_a_training_by_epochs_tells_its_steps(recipe, tmp_path):
+    own = {"max_steps": -1, "num_train_epochs": 1, "max_characters": 1500, "fresh_steps": 2}
+    recipe("--config", configuration(tmp_path, **own))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    tokens = results["setup"]["train_tokens"]
+    steps = tokens // (4 * 32)  # `dataloader_drop_last`
+    assert results["setup"]["steps"] == steps == results["models"]["regularized"]["steps"] > 1
+    page = (tmp_path / "run" / "index.html").read_text()
+    passes = steps * 4 * 32 / tokens
+    assert f"({steps} steps of 128 tokens,\n{passes:.1f} passes over the text)" in page
+
+
 def test_a_second_call_adds_its_time_to_that_of_the_first(recipe, tmp_path):
     config = configuration(tmp_path, max_steps=2, fresh_steps=2, save_steps=1)
     recipe("--config", config)
