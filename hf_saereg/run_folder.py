@@ -211,10 +211,14 @@ def command_line() -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    here = Path(__file__).parent
+    """Of this package's own repository; one that it is merely installed in says nothing of it."""
+    source = Path(__file__).resolve().parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        found = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return found.stdout.strip() or None
+    if found.returncode or not (source / "setup.cfg").is_file():
+        return None
+    top, commit = found.stdout.splitlines()
+    return commit if Path(top).resolve() == source else None

@@ -1,11 +1,13 @@
 """A run's folder: whose it is, and what is never overwritten."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 from transformers import TrainingArguments
 
+from hf_saereg import run_folder
 from hf_saereg.run_folder import (
     RUN_FILE,
     RunFolderError,
@@ -178,6 +180,30 @@ def test_the_record_is_enough_to_run_it_again(folder):
     assert record["options"] == OPTIONS
     assert record["versions"].keys() >= {"hf-saereg", "torch", "transformers", "accelerate"}
     assert record["threads"] >= 1 and "git_commit" in record
+
+
+@pytest.mark.parametrize(
+    "place, is_ours",
+    [(".", True), ("env/site-packages", False)],
+    ids=["its own repository", "installed in another"],
+)
+def test_the_commit_is_that_of_the_packages_own_repository(
+    tmp_path, arguments, monkeypatch, place, is_ours
+):
+    def git(*words):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *own, *words], cwd=tmp_path, check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    module = tmp_path / place / "hf_saereg" / "run_folder.py"
+    module.parent.mkdir(parents=True)
+    (tmp_path / place / "setup.cfg").touch()
+    git("init")
+    git("commit", "--allow-empty", "--message", "first")
+    monkeypatch.setattr(run_folder, "__file__", str(module))
+    write_run(tmp_path / "run", arguments, OPTIONS)
+    record = json.loads((tmp_path / "run" / RUN_FILE).read_text())
+    assert record["git_commit"] == (git("rev-parse", "HEAD") if is_ours else None)
 
 
 @pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
