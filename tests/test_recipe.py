@@ -250,7 +250,7 @@ def test_every_family_regularizes_and_is_fitted_by_its_name_alone(recipe, tmp_pa
 
 
 def test_a_training_by_epochs_tells_its_steps(recipe, tmp_path):
-    own = {"max_steps": -1, "num_train_epochs": 1, "max_characters": 1500, "fresh_steps": 2}
+    own = {"max_steps": -1, "num_train_epochs": 1, "max_characters": 4000, "fresh_steps": 2}
     recipe("--config", configuration(tmp_path, **own))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     tokens = results["setup"]["train_tokens"]
