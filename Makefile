@@ -1,9 +1,16 @@
 # Two commands do all the set-up: `make demo` and `make test`.
-# SAEREG_PYTHON=python3.12 make … picks the interpreter.
+# SAEREG_PYTHON=python3.12 make … picks the interpreter; one that is named, and is another than that
+# of .venv, makes a new .venv.
 
-SAEREG_PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+ORIGIN := -c 'import sys; print(sys.base_prefix, *sys.version_info[:2])'
+
+ifdef SAEREG_PYTHON
+ifneq ($(shell $(SAEREG_PYTHON) $(ORIGIN)),$(shell $(VENV)/bin/python $(ORIGIN) 2>&1))
+.PHONY: $(VENV)/bin/python
+endif
+endif
 
 .PHONY: demo test lint clean
 
@@ -20,8 +27,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	$(SAEREG_PYTHON) -m venv $(VENV)
+$(VENV)/bin/python:
+	$(or $(SAEREG_PYTHON),python3) -m venv --clear $(VENV)
+
+$(INSTALLED): $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[demo,report,triton,interop,test,lint]'
 	touch $@

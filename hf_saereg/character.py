@@ -25,7 +25,12 @@ from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
 from hf_saereg.publishing import push_arguments
 from hf_saereg.regularizer import TermOptions
-from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
+from hf_saereg.run_folder import (
+    check_run_folder,
+    earlier_seconds,
+    finished_figures,
+    write_run,
+)
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
 OPTION_CLASSES = (
@@ -47,6 +52,7 @@ class CharacterJob:
         options: all of them, as `run.json` keeps them.
         blocks: `train` and `validation`.
         setup: what a page says of the run.
+        earlier_seconds: of the wall, what its trainings took before this session.
     """
 
     arguments: SAERegArguments
@@ -61,6 +67,7 @@ class CharacterJob:
     blocks: DatasetDict
     config: GPT2Config
     setup: dict[str, Any]
+    earlier_seconds: float = 0.0
 
     @classmethod
     def from_options(cls, words: Sequence[str] | None = None) -> Self:
@@ -109,15 +116,28 @@ class CharacterJob:
         arguments.warmup_steps = self.twin.warmup_steps_of(name, arguments.warmup_steps)
         folder, start = Path(arguments.output_dir), time.monotonic()
         figures = finished_figures(folder)
-        if not figures:
+        if figures:
+            self.earlier_seconds += figures["wall_seconds"]
+        else:
             trainer = self._new_trainer(name, arguments)
             write_run(folder, arguments, self.options)
             figures = trainer.train_to_the_end(start)  # published by `publish`
+            self.earlier_seconds += trainer.earlier_seconds
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
         model = SAERegGPT2LMHeadModel.from_pretrained(folder)
         model.skip_over(self.heads)  # which the plain model's folder does not say
         return model.to(arguments.device), figures
+
+    def wall_seconds(self, start: float) -> float:
+        """Seconds of this session, with those of earlier ones whose work was kept.
+
+        Args:
+            start: of the program, by `time.monotonic`.
+        """
+        # a record that was finished once has the trainings in it
+        earlier = earlier_seconds(Path(self.arguments.output_dir)) or self.earlier_seconds
+        return earlier + time.monotonic() - start
 
     def untrained(self) -> tuple[SAERegGPT2LMHeadModel, dict[str, float | None]]:
         """The plain model as it starts, and figures as of a training; nothing is saved."""

@@ -32,7 +32,8 @@ def compare_models(
 
     Args:
         models: by name.
-        trained: figures of each model's training, `train_seconds` among them, by name.
+        trained: figures of each model's training, `train_seconds` and `steps` among them, by name;
+            all models were trained for as many steps.
         blocks: `train` and `validation`.
         arguments: grid and schedule of the fresh heads.
         setup: what a reader must know of the run; `seed` is also the fresh heads'.
@@ -52,7 +53,7 @@ def compare_models(
         "compound": [row for score in scores.values() for row in score["compound"]],
         "baselines": {name: score["baselines"] for name, score in scores.items()},
         "seconds": seconds,
-        "setup": setup,
+        "setup": setup | {"steps": next(iter(trained.values()))["steps"]},
     }
 
 
@@ -64,7 +65,9 @@ def describe_setup(
     config: GPT2Config,
     blocks: DatasetDict,
 ) -> dict[str, Any]:
-    """What the page says of a run, in words; checks the sizes of the fresh heads on the way.
+    """What the page says of a run, in words, but for the steps, which may follow from the epochs.
+
+    Checks the sizes of the fresh heads on the way.
 
     Args:
         arguments: of the training.
@@ -84,7 +87,6 @@ def describe_setup(
         "dataset": corpus.dataset,
         "train_tokens": len(blocks["train"]) * corpus.block_size,
         "validation_tokens": len(blocks["validation"]) * corpus.block_size,
-        "steps": arguments.max_steps,
         "tokens_per_step": arguments.train_batch_size
         * arguments.gradient_accumulation_steps
         * arguments.world_size

@@ -18,6 +18,16 @@ T = TypeVar("T")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # of `GPT2Config`
 
 
+def check_dropout(dropout: float) -> None:
+    """Check a share of activations that is dropped.
+
+    Raises:
+        HeadConfigError: if it is none.
+    """
+    if not 0 <= dropout < 1:
+        raise HeadConfigError(f"dropout is {dropout}; it must be from 0 to below 1.")
+
+
 def gpt2_hook_names(n_layer: int) -> list[str]:
     """All `n_layer + 1` residual-stream sites, in stream order."""
     return [f"blocks.{i}.hook_resid_pre" for i in range(n_layer)] + [
@@ -141,15 +151,21 @@ class HeadsArguments(SkipOptions):
         """`k`, `target_l0` and `sparsity_coefficient`: values of what the family reads.
 
         Raises:
-            HeadConfigError: if nothing says how sparse the heads shall be, or k is no whole number.
+            HeadConfigError: if nothing says how sparse the heads shall be, an option says it that
+                the family does not read, or k is no whole number.
         """
         has_k = family_named(self.architecture).sparsity_option == "k"
+        own, foreign = ("k", "sparsity_coefficient") if has_k else ("sparsity_coefficient", "k")
+        if getattr(self, foreign):
+            raise HeadConfigError(
+                f"{self.architecture} heads do not read {foreign}; take it out, of the YAML file "
+                f"too, and give target_l0, which every family reads, or {own}."
+            )
         k = self.k or self.target_l0
         if not (k if has_k else self.target_l0 or self.sparsity_coefficient):
-            other = "k" if has_k else "sparsity_coefficient"
             raise HeadConfigError(
                 f"Nothing says how sparse the {self.architecture} heads shall be; give target_l0 "
-                f"or {other}."
+                f"or {own}."
             )
         if not has_k:
             coefficients = self.sparsity_coefficient or [0.0]
@@ -182,6 +198,7 @@ class CharacterModelArguments:
                 f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}); choose widths "
                 "that divide evenly."
             )
+        check_dropout(self.dropout)
 
     def config(self, context: int, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
         """GPT-2 of this shape; of characters there is padding, but neither BOS nor EOS."""

@@ -145,6 +145,9 @@ def load_documents(arguments: CorpusArguments) -> Dataset:
     if _has_rows(arguments):
         splits = [split.select_columns(arguments.text_column) for split in _splits(arguments)]
         rows = concatenate_datasets(splits).rename_columns({arguments.text_column: "text"})
+        empty = rows.data.column("text").is_null().index(True).as_py()  # -1 where there is none
+        if empty >= 0:
+            raise _without_text(empty + 1, arguments)
         if whole:
             return rows
         documents = rows["text"]
@@ -166,11 +169,27 @@ def stream_documents(arguments: CorpusArguments) -> Iterator[str]:
     """
     if _has_rows(arguments):
         rows = chain.from_iterable(_splits(arguments, streaming=True))
-        texts: Iterable[str] = (row[arguments.text_column] for row in rows)
+        texts: Iterable[str] = _texts_in(rows, arguments)
     else:
         texts = _local_texts(arguments)
     for row in _characters_between(texts, 0, arguments.max_characters):
         yield row["text"]
+
+
+def _texts_in(rows: Iterable[dict[str, str | None]], arguments: CorpusArguments) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        text = row[arguments.text_column]
+        if text is None:
+            raise _without_text(number, arguments)
+        yield text
+
+
+def _without_text(number: int, arguments: CorpusArguments) -> CorpusError:
+    """Of a row, counted from 1 over all splits."""
+    return CorpusError(
+        f"Row {number} of '{arguments.dataset}' has no text in its column "
+        f"'{arguments.text_column}': fill it, or leave such rows out."
+    )
 
 
 def _bounds(documents: Iterable[str], arguments: CorpusArguments) -> dict[str, int | None]:
@@ -234,6 +253,10 @@ def _read(path: Path) -> str:
         raise CorpusError(
             f"The file '{path}' is not UTF-8 at byte {error.start}: convert it, "
             "for example with `iconv -t UTF-8`."
+        ) from error
+    except OSError as error:
+        raise CorpusError(
+            f"The file '{path}' cannot be read ({error.strerror}): change that, or give another."
         ) from error
     if not text:
         raise CorpusError(f"The file '{path}' is empty: give one that holds text.")

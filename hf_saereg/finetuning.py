@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_saereg.configuration import DROPOUTS
+from hf_saereg.configuration import DROPOUTS, check_dropout
 from hf_saereg.corpora import Blocks, load_blocks, stream_blocks
 from hf_saereg.documents import CorpusArguments, CorpusError
-from hf_saereg.errors import UserError
 from hf_saereg.loading import load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
@@ -29,8 +28,7 @@ class BaseModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be from 0 to below 1.")
+        check_dropout(self.dropout)
 
     def load(self) -> tuple[SAERegGPT2LMHeadModel, PreTrainedTokenizerBase]:
         """The language model in single precision, without heads, and its tokenizer.

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from hf_saereg.errors import UserError
+from hf_saereg.errors import UserError, in_one_line
 
 HEADS_FOLDER = "saes"
 CONFIG_FILE = "cfg.json"
@@ -168,7 +168,7 @@ def _check_text(path: Path, token: str | None) -> None:
         else:
             found = local_paths(json.loads(text))
     except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        said = in_one_line(error)
         raise PublishingError(f"{path} is damaged ({said}); mend it or save anew.") from error
     if TOKEN.search(text) or (token and token in text):
         raise PublishingError(f"{path} holds an access token; take it out before publishing.")

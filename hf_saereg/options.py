@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from hf_saereg.errors import UserError
+from hf_saereg.errors import UserError, in_one_line
 
 
 class OptionsError(UserError):
@@ -63,7 +63,7 @@ def parse_options(*classes: type, arguments: Sequence[str] | None = None) -> tup
     except UserError:
         raise
     except ValueError as error:  # of `TrainingArguments`
-        raise OptionsError(f"Cannot use the options: {error}") from error
+        raise OptionsError(f"Cannot use the options: {in_one_line(error)}") from error
     flags = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
     _check_known(flags, names, "the command line")
     if unknown:
@@ -89,11 +89,12 @@ def as_record(options: Sequence[Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # whose errors name it, and quote nothing of it
+            options = yaml.safe_load(file)
     except OSError as error:
         raise OptionsError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionsError(f"{path} is no valid YAML: {error}") from error
+        raise OptionsError(f"{path} is no valid YAML: {in_one_line(error)}.") from error
     if not isinstance(options, dict):
         raise OptionsError(f"{path} must hold a mapping of option names to values.")
     return options

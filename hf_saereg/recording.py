@@ -43,6 +43,8 @@ class RecordingTrainer(PublishingTrainer):
         self.head_metadata = head_metadata
         self.train_seconds = 0.0  # of training steps alone, over all sessions of a resumed run
         self._clock_started: float | None = None
+        self.earlier_seconds = 0.0  # of the wall, in the sessions that the checkpoint came from
+        self._session_started = time.monotonic()
 
     def train_to_the_end(self, start: float) -> dict[str, float]:
         """Train, from the last complete checkpoint on where there is one; save without publishing.
@@ -51,13 +53,18 @@ class RecordingTrainer(PublishingTrainer):
             start: of the program, by `time.monotonic`.
 
         Returns:
-            `summary`, and `wall_seconds` since the start.
+            `summary`, and `wall_seconds` since the start, with those of the sessions that led to
+            the checkpoint.
         """
+        self._session_started = start
         last = last_complete_checkpoint(Path(self.args.output_dir))
         self.train(resume_from_checkpoint=last)
         self.save_model(_internal_call=True)
         self.save_state()  # with all that was logged
-        return self.summary() | {"wall_seconds": time.monotonic() - start}
+        return self.summary() | {"wall_seconds": self._wall_seconds()}
+
+    def _wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self._session_started
 
     def summary(self) -> dict[str, float | None]:
         """What training led to: `eval_ce` and `train_ce` in nats a token, and what it cost.
@@ -91,7 +98,8 @@ class RecordingTrainer(PublishingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, with a clock that stands still in evaluations and checkpoints."""
-        self.train_seconds, self._clock_started = 0.0, time.monotonic()
+        self.train_seconds, self.earlier_seconds = 0.0, 0.0
+        self._clock_started = time.monotonic()
         result = super().train(*args, **kwargs)
         with self._clock_stopped():
             pass
@@ -182,7 +190,8 @@ class RecordingTrainer(PublishingTrainer):
             if self.args.should_save:
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / SESSION_FILE, {"train_seconds": self.train_seconds})
+                session = {"train_seconds": self.train_seconds}
+                write_json(folder / SESSION_FILE, session | {"wall_seconds": self._wall_seconds()})
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -196,6 +205,8 @@ class RecordingTrainer(PublishingTrainer):
         self._load_weights(Path(resume_from_checkpoint))
         session = json.loads((Path(resume_from_checkpoint) / SESSION_FILE).read_text())
         self.train_seconds = session["train_seconds"]
+        # a checkpoint of an earlier version knows no other time
+        self.earlier_seconds = session.get("wall_seconds", self.train_seconds)
 
     def _load_best_model(self) -> None:
         self._load_weights(Path(self.state.best_model_checkpoint))

@@ -2,7 +2,7 @@
 
 Notable:
 - resolved options, versions, commit, seed, processes, device and time are enough to run it again
-- a folder is continued only by the same options
+- a folder is continued only by the same options, and before its end by as many processes
 - JSON is written beside its place and moved there: a killed process leaves the old file or the new
 """
 
@@ -21,11 +21,12 @@ from transformers import TrainingArguments
 from hf_saereg.errors import UserError
 
 RUN_FILE = "run.json"
+RECORD_KEYS = {"options", "figures", "world_size", "wall_seconds"}  # that a continuation reads
 PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numba")
 # what may differ between a run and its continuation: how it is watched and published, not what it
 # computes
 CONTINUATION_OPTIONS = {
-    *("resume_from_checkpoint", "disable_tqdm", "logging_dir"),
+    *("resume_from_checkpoint", "disable_tqdm", "logging_dir", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
     *("hub_private_repo", "hub_always_push", "hub_revision"),
 }
@@ -56,15 +57,17 @@ def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> Non
         resume: whether a folder of the same run may be continued.
 
     Raises:
-        RunFolderError: if it holds another run, this one without `resume`, or other files.
+        RunFolderError: if it holds another run, this one without `resume`, or other files, or its
+            `run.json` cannot be read.
     """
-    if not (folder / RUN_FILE).is_file():
+    record = _read_record(folder)
+    if record is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunFolderError(
                 f"{folder} is not empty and holds no {RUN_FILE}; choose another output_dir."
             )
         return
-    before = json.loads((folder / RUN_FILE).read_text())["options"]
+    before = record["options"]
     options = json.loads(json.dumps(options))
     # an option of a later version that is off changes nothing
     added = {name for name in options.keys() - before.keys() if not options[name]}
@@ -86,9 +89,44 @@ def finished_figures(folder: Path) -> dict[str, Any] | None:
 
     Args:
         folder: need not exist.
+
+    Raises:
+        RunFolderError: if `run.json` cannot be read.
     """
+    record = _read_record(folder)
+    return record and record["figures"]
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """`run.json` of a folder, None where there is none."""
     path = folder / RUN_FILE
-    return json.loads(path.read_text()).get("figures") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no valid JSON"
+        raise RunFolderError(
+            f"{path} cannot be read ({reason}); choose another output_dir or delete that folder."
+        ) from error
+    if not (isinstance(record, dict) and record.keys() >= RECORD_KEYS):
+        raise RunFolderError(
+            f"{path} is not what a run of this package writes; choose another output_dir."
+        )
+    return record
+
+
+def earlier_seconds(folder: Path) -> float:
+    """What `run.json` says that the sessions of a run took until now; 0 where it says nothing.
+
+    Args:
+        folder: need not exist.
+
+    Raises:
+        RunFolderError: if `run.json` cannot be read.
+    """
+    record = _read_record(folder)
+    return (record and record["wall_seconds"]) or 0.0
 
 
 def write_run(
@@ -104,10 +142,27 @@ def write_run(
         arguments: of the run's processes, device and seed.
         options: resolved options, JSON-serialisable.
         figures: what came out, `wall_seconds` among them; given once the run is finished.
+
+    Raises:
+        RunFolderError: if other than as many processes began this run, and it is not finished.
     """
     if arguments.should_save:
+        _check_processes(folder, arguments.world_size)
         about = (arguments.seed, arguments.world_size, arguments.device)
         write_record(folder, options, *about, figures)
+
+
+def _check_processes(folder: Path, world_size: int) -> None:
+    """A batch is shared out among the processes, so that with another number it is another one."""
+    record = _read_record(folder)
+    if record is None or record["figures"]:
+        return
+    if record["world_size"] != world_size:
+        raise RunFolderError(
+            f"{folder} holds an unfinished run whose batch another number of processes would change"
+            f" (world_size was {record['world_size']}, now {world_size}); launch "
+            f"{record['world_size']} again, or choose another output_dir."
+        )
 
 
 def write_record(
@@ -118,7 +173,7 @@ def write_record(
     device: torch.device,
     figures: dict[str, Any] | None = None,
 ) -> None:
-    """Write `run.json`; called by the main process.
+    """Write `run.json`; called by the main process. Until there are figures, its time stays.
 
     Args:
         folder: created if absent.
@@ -133,7 +188,7 @@ def write_record(
         "seed": seed,
         "world_size": world_size,
         "device": str(device),
-        "wall_seconds": figures and figures["wall_seconds"],
+        "wall_seconds": figures["wall_seconds"] if figures else earlier_seconds(folder) or None,
         "command": command_line(),
         "python": platform.python_version(),
         "versions": package_versions(),
@@ -156,10 +211,14 @@ def command_line() -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    here = Path(__file__).parent
+    """Of this package's own repository; one that it is merely installed in says nothing of it."""
+    source = Path(__file__).resolve().parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        found = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return found.stdout.strip() or None
+    if found.returncode or not (source / "setup.cfg").is_file():
+        return None
+    top, commit = found.stdout.splitlines()
+    return commit if Path(top).resolve() == source else None

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import yaml
 
-from hf_saereg.errors import UserError
+from hf_saereg.errors import UserError, in_one_line
 
 REGULARIZED, PLAIN, UNTRAINED = "regularized", "plain", "untrained"
 MODELS = (REGULARIZED, PLAIN, UNTRAINED)
@@ -54,7 +54,7 @@ class Study:
         try:
             content = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise StudyError(f"Cannot read the study {path}: {error}.") from error
+            raise StudyError(f"Cannot read the study {path}: {in_one_line(error)}.") from error
         if not isinstance(content, dict) or set(content) != {"base", "seeds", "variants"}:
             raise StudyError(f"{path} must have the keys base, seeds and variants, and no others.")
         if not content["variants"] or not content["seeds"]:

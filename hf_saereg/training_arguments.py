@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from hf_saereg import kernels
 from hf_saereg.cards import LICENSE
@@ -33,8 +34,8 @@ class SAERegArguments(TrainingArguments):
         report_to: TensorBoard unless said otherwise.
 
     Raises:
-        UserError: if there is no such kernel or centre, the kernel does not run on the device, a
-            number cannot be, or `hub_strategy` publishes optimizer state.
+        UserError: if there is no such kernel, centre or place to report to, the kernel does not run
+            on the device, a number cannot be, or `hub_strategy` publishes optimizer state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -95,6 +96,10 @@ class SAERegArguments(TrainingArguments):
             raise UserError(
                 f"anchor_weight is {self.anchor_weight}; it must be a finite number ≥ 0."
             )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise UserError(
+                f"learning_rate is {self.learning_rate}; it must be a finite number ≥ 0."
+            )
         if self.heads_learning_rate is not None and not self.heads_learning_rate > 0:
             raise UserError(
                 f"heads_learning_rate is {self.heads_learning_rate}; it must be above 0."
@@ -102,6 +107,12 @@ class SAERegArguments(TrainingArguments):
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("objective"):
             self.greater_is_better = False  # `TrainingArguments` knows this of `loss` only
         super().__post_init__()
+        for name in self.report_to:  # a list by now
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(
+                    f"report_to names {name!r}; choose from {', '.join(INTEGRATION_TO_CALLBACK)}, "
+                    "or none."
+                )
         kernels.check(self.kernel, self.device)
         check_strategy(self.hub_strategy)
 

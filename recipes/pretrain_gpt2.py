@@ -43,10 +43,11 @@ def main() -> None:
     with arguments.main_process_first():
         if arguments.should_save:
             check_run_folder(folder, options, resume=arguments.resumes)
-            texts = load_documents(corpus)["text"]
-            bpe = train_bpe(texts, vocabulary.vocab_size, corpus.block_size)
-            write_run(folder, arguments, options, finished_figures(folder))
-            bpe.save_pretrained(folder)
+            if not finished_figures(folder):
+                texts = load_documents(corpus)["text"]
+                bpe = train_bpe(texts, vocabulary.vocab_size, corpus.block_size)
+                write_run(folder, arguments, options)
+                bpe.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         blocks = load_blocks(corpus, tokenizer)
     if finished_figures(folder):

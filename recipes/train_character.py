@@ -13,13 +13,14 @@ from pathlib import Path
 from hf_saereg.character import CharacterJob
 from hf_saereg.comparison import compare_models
 from hf_saereg.errors import one_sentence_errors
-from hf_saereg.report import write_report
+from hf_saereg.report import PAGE_MODULES, require_extra, write_report
 from hf_saereg.run_folder import write_json, write_run
 
 
 def main() -> None:
     """Run the job that the options describe."""
     start = time.monotonic()
+    require_extra(*PAGE_MODULES)
     job = CharacterJob.from_options()
     models, trained = {}, {}
     for name in ("plain", "regularized"):
@@ -32,7 +33,7 @@ def main() -> None:
     )
     write_json(output_dir / "results.json", results)
     page = write_report(results, output_dir)
-    write_run(output_dir, job.arguments, job.options, {"wall_seconds": time.monotonic() - start})
+    write_run(output_dir, job.arguments, job.options, {"wall_seconds": job.wall_seconds(start)})
     job.publish()
     print(f"Open {page.resolve()}")
 

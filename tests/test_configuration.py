@@ -68,10 +68,17 @@ def test_subset_of_sites_takes_values_in_stream_order_however_it_is_listed(confi
         ({"reconstruction_weight": [-1.0]}, "reconstruction_weight"),
         ({"reconstruction_weight": [float("nan")]}, "reconstruction_weight"),
         (
-            {"architecture": "gated", "sparsity_coefficient": [0.1, -0.1, 0.1]},
+            {"architecture": "gated", "k": None, "sparsity_coefficient": [0.1, -0.1, 0.1]},
             f"sparsity_coefficient at {PRE_1} is -0.1",
         ),
-        ({"architecture": "gated"}, "how sparse the gated heads shall be"),
+        ({"architecture": "gated", "k": None}, "how sparse the gated heads shall be"),
+        ({"architecture": "standard"}, "standard heads do not read k; take it out"),
+        ({"architecture": "jumprelu", "target_l0": [4.0]}, "jumprelu heads do not read k"),
+        ({"sparsity_coefficient": [0.1]}, "topk heads do not read sparsity_coefficient"),
+        (
+            {"architecture": "batchtopk", "sparsity_coefficient": [0.1]},
+            "of the YAML file too, and give target_l0, which every family reads, or k",
+        ),
         ({"k": None, "target_l0": [2.5]}, "a whole number"),
         ({"architecture": "relu"}, "Unknown architecture 'relu'"),
     ],
@@ -97,7 +104,13 @@ def test_character_model_has_one_embedding_a_character_and_the_context_of_a_bloc
     assert config.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("shape", [{"n_head": 3}, {"n_layer": 0}, {"n_embd": -64}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *({"n_head": 3}, {"n_layer": 0}, {"n_embd": -64}),
+        *({"dropout": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}),
+    ],
+)
 def test_a_model_that_cannot_be_is_refused_by_the_option_at_fault(shape):
     with pytest.raises(UserError, match=next(iter(shape))):
         CharacterModelArguments(**shape)

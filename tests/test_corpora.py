@@ -1,5 +1,6 @@
 """The character tokenizer, the blocks, where the text comes from, and what is refused."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -450,6 +451,28 @@ def test_files_that_hold_no_text(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         load_documents(small(path))
+
+
+def test_a_file_that_may_not_be_read(text_file, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(CorpusError, match=r"text\.txt' cannot be read \(Permission denied\)"):
+        load_documents(small(text_file))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_a_row_without_text(tmp_path, name, limit):
+    rows = datasets.Dataset.from_dict({"text": ["abc", "", None, "def"]})
+    path = tmp_path / name
+    rows.to_json(path) if path.suffix == ".jsonl" else rows.to_parquet(path)
+    sentence = rf"Row 3 of '.*{name}' has no text in its column 'text': fill it"
+    with pytest.raises(CorpusError, match=sentence):
+        load_documents(small(path, max_characters=limit))
+    with pytest.raises(CorpusError, match=sentence):
+        list(stream_documents(small(path, max_characters=limit, stream=True)))
 
 
 @pytest.mark.parametrize(

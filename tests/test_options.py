@@ -113,11 +113,14 @@ def test_reports_go_to_several_places(file):
         ("colour: green", "colour: invalid choice: 'green'"),
         ("eval_strategy: sometimes", "invalid choice: 'sometimes'"),
         ("lr_scheduler_type: sometimes", "sometimes"),
+        ("width: 3\nwidth: [3\n", "got '<stream end>' in .*, line 3"),
+        ("load_best_model_at_end: true", "requires the save and eval strategy to match"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_in_one_error(file, text, hint):
-    with pytest.raises(OptionsError, match=hint):
+    with pytest.raises(OptionsError, match=hint) as caught:
         parse(*file(text))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hf_saereg import character
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.heads import FAMILIES
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.resuming import SESSION_FILE
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
@@ -247,6 +249,46 @@ def test_every_family_regularizes_and_is_fitted_by_its_name_alone(recipe, tmp_pa
     assert seen == own | {(name, family, "fresh", site) for name in NAMES for site in SITES}
 
 
+def test_a_training_by_epochs_tells_its_steps(recipe, tmp_path):
+    own = {"max_steps": -1, "num_train_epochs": 1, "max_characters": 4000, "fresh_steps": 2}
+    recipe("--config", configuration(tmp_path, **own))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    tokens = results["setup"]["train_tokens"]
+    steps = tokens // (4 * 32)  # `dataloader_drop_last`
+    assert results["setup"]["steps"] == steps == results["models"]["regularized"]["steps"] > 1
+    page = (tmp_path / "run" / "index.html").read_text()
+    passes = steps * 4 * 32 / tokens
+    assert f"({steps} steps of 128 tokens,\n{passes:.1f} passes over the text)" in page
+
+
+def test_a_second_call_adds_its_time_to_that_of_the_first(recipe, tmp_path):
+    config = configuration(tmp_path, max_steps=2, fresh_steps=2, save_steps=1)
+    recipe("--config", config)
+    run = tmp_path / "run"
+    first = json.loads((run / "run.json").read_text())["wall_seconds"]
+    trainings = [json.loads((run / name / "run.json").read_text()) for name in NAMES]
+    assert first > sum(training["wall_seconds"] for training in trainings) > 0
+    recipe("--config", config, "--resume_from_checkpoint", "true")
+    record = json.loads((run / "run.json").read_text())
+    assert first < record["wall_seconds"] == record["figures"]["wall_seconds"]
+    # one training finished before, the other cut off after its first checkpoint
+    for folder, seconds in ((run, None), (run / "plain", 1000.0), (run / "regularized", None)):
+        record = json.loads((folder / "run.json").read_text())
+        record |= {"wall_seconds": seconds, "figures": record["figures"] if seconds else None}
+        if seconds:
+            record["figures"]["wall_seconds"] = seconds
+        (folder / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(run / "regularized" / "checkpoint-2")
+    session = run / "regularized" / "checkpoint-1" / SESSION_FILE
+    session.write_text(json.dumps({"train_seconds": 100.0, "wall_seconds": 200.0}))
+    recipe("--config", config, "--resume_from_checkpoint", "true")
+    last, regularized = (
+        json.loads((folder / "run.json").read_text())["wall_seconds"]
+        for folder in (run, run / "regularized")
+    )
+    assert 200 < regularized < 300 and 1200 < last < 1400 and last - 1000 > regularized
+
+
 def snapshot(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -302,6 +344,10 @@ BAD = {
     "max_stesp": (3, "did you mean 'max_steps'"),
     "max_steps": ("many", "invalid int value: 'many'"),
     "kernel": ("fast", "Unknown kernel 'fast'"),
+    "dropout": (1.5, "dropout is 1.5; it must be from 0 to below 1"),
+    "report_to": ("tensorbord", "report_to names 'tensorbord'; choose from"),
+    "learning_rate": (-1.0, "learning_rate is -1.0; it must be a finite number ≥ 0"),
+    "learning_rate nan": (float("nan"), "learning_rate is nan"),
 }
 
 
@@ -323,13 +369,28 @@ def test_a_bad_option_is_one_sentence_and_leaves_nothing(recipe, tmp_path, optio
     assert_refused(recipe, tmp_path, sentence, **{option.split()[0]: value})
 
 
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_what_the_page_needs_is_sought_before_anything_is_trained(
+    recipe, tmp_path, monkeypatch, name
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    sentence = f"The report needs {name}: run `pip install 'hf-saereg[report]'`"
+    assert_refused(recipe, tmp_path, sentence)
+
+
 def test_more_latents_a_token_than_there_are_is_refused(recipe, tmp_path):
-    assert_refused(recipe, tmp_path, "needs 1 ≤ k ≤ d_sae (48)", architecture="topk", k=[49])
+    own = {"architecture": "topk", "sparsity_coefficient": None, "k": [49]}
+    assert_refused(recipe, tmp_path, "needs 1 ≤ k ≤ d_sae (48)", **own)
 
 
 def test_topk_heads_without_k_are_refused(recipe, tmp_path):
     sentence = "how sparse the topk heads shall be; give target_l0 or k"
-    assert_refused(recipe, tmp_path, sentence, architecture="topk")
+    assert_refused(recipe, tmp_path, sentence, architecture="topk", sparsity_coefficient=None)
+
+
+def test_another_family_than_that_of_the_file_does_not_read_its_coefficient(recipe, tmp_path):
+    sentence = "topk heads do not read sparsity_coefficient; take it out, of the YAML file too"
+    assert_refused(recipe, tmp_path, sentence, "--architecture", "topk", "--target_l0", "4")
 
 
 def test_a_misspelt_word_of_the_command_line_is_refused(recipe, tmp_path):
@@ -361,7 +422,8 @@ def test_a_folder_of_other_files_is_refused(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_launched_too_an_error_is_one_sentence_and_a_failure(tmp_path):
-    code, output, errors = finish(start(configuration(tmp_path, k=[0], architecture="topk")))
+    own = {"architecture": "topk", "sparsity_coefficient": None, "k": [0]}
+    code, output, errors = finish(start(configuration(tmp_path, **own)))
     assert code != 0 and "Traceback" not in errors.partition("error: ")[0]
     assert "error: k at blocks.0.hook_resid_pre is 0; a topk head needs" in errors
     assert not (tmp_path / "run").exists() and "Open" not in output

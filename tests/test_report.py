@@ -19,6 +19,7 @@ from pages import (
     needs_browser,
 )
 
+from hf_saereg.errors import UserError
 from hf_saereg.report import (
     Outcome,
     ReportError,
@@ -342,7 +343,7 @@ def test_importing_the_report_imports_no_matplotlib():
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
 def test_missing_extra_says_what_to_install(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf"{name}.*pip install 'hf-saereg\[report\]'"):
+    with pytest.raises(UserError, match=rf"{name}.*pip install 'hf-saereg\[report\]'"):
         write_report(make_results(), tmp_path)
 
 

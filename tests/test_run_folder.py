@@ -1,22 +1,29 @@
 """A run's folder: whose it is, and what is never overwritten."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 from transformers import TrainingArguments
 
+from hf_saereg import run_folder
 from hf_saereg.run_folder import (
     RUN_FILE,
     RunFolderError,
     check_run_folder,
+    earlier_seconds,
     finished_figures,
     write_json,
     write_run,
 )
 
 OPTIONS = {"learning_rate": 1e-3, "d_sae": [8, 16], "resume_from_checkpoint": None}
-CONTINUED = OPTIONS | {"resume_from_checkpoint": "true", "disable_tqdm": True}
+CONTINUED = OPTIONS | {
+    "resume_from_checkpoint": "true",
+    "disable_tqdm": True,
+    "report_to": ["wandb"],
+}
 
 
 @pytest.fixture
@@ -71,6 +78,34 @@ def test_a_tuple_is_the_list_that_json_makes_of_it(folder):
     check_run_folder(folder, OPTIONS | {"d_sae": (8, 16)}, resume=True)
 
 
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('{"options": {"lea', r"run\.json cannot be read \(no valid JSON\)"),
+        ("\x00", "no valid JSON"),
+        ("", "no valid JSON"),
+        ("[]", "not what a run of this package writes"),
+        ('{"name": "another program"}', "not what a run of this package writes"),
+        ('{"options": {}}', "not what a run of this package writes"),
+    ],
+)
+def test_a_record_that_is_damaged_or_foreign_is_refused_in_one_sentence(folder, text, sentence):
+    (folder / RUN_FILE).write_text(text)
+    for read in (
+        lambda: check_run_folder(folder, OPTIONS, resume=True),
+        lambda: finished_figures(folder),
+    ):
+        with pytest.raises(RunFolderError, match=sentence) as caught:
+            read()
+        assert "\n" not in str(caught.value) and "output_dir" in str(caught.value)
+
+
+def test_a_record_that_is_no_text_is_refused(folder):
+    (folder / RUN_FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(RunFolderError, match="no valid JSON"):
+        check_run_folder(folder, OPTIONS, resume=True)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_other_files_is_refused(tmp_path, resume):
     (tmp_path / "thesis.tex").touch()
@@ -114,6 +149,30 @@ def test_a_run_is_finished_once_it_has_figures(folder, arguments):
     assert json.loads((folder / RUN_FILE).read_text())["wall_seconds"] == 3.0
 
 
+def test_only_a_finished_run_may_be_met_by_another_number_of_processes(
+    folder, arguments, monkeypatch
+):
+    write_run(folder, arguments, CONTINUED)
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(RunFolderError, match=r"world_size was 1, now 2\).* launch 1 again"):
+            write_run(folder, arguments, CONTINUED)
+    assert contents(folder) == before
+    write_run(folder, arguments, OPTIONS, {"wall_seconds": 3.0})
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    write_run(folder, arguments, CONTINUED)
+
+
+def test_the_time_of_earlier_sessions_stays_until_there_are_new_figures(folder, arguments):
+    assert earlier_seconds(folder / "absent") == earlier_seconds(folder) == 0
+    write_run(folder, arguments, OPTIONS, {"wall_seconds": 3.0})
+    write_run(folder, arguments, CONTINUED)
+    assert finished_figures(folder) is None and earlier_seconds(folder) == 3.0
+    write_run(folder, arguments, CONTINUED, {"wall_seconds": 4.0})
+    assert earlier_seconds(folder) == 4.0
+
+
 def test_the_record_is_enough_to_run_it_again(folder):
     record = json.loads((folder / RUN_FILE).read_text())
     assert record["seed"] == 7
@@ -121,6 +180,30 @@ def test_the_record_is_enough_to_run_it_again(folder):
     assert record["options"] == OPTIONS
     assert record["versions"].keys() >= {"hf-saereg", "torch", "transformers", "accelerate"}
     assert record["threads"] >= 1 and "git_commit" in record
+
+
+@pytest.mark.parametrize(
+    "place, is_ours",
+    [(".", True), ("env/site-packages", False)],
+    ids=["its own repository", "installed in another"],
+)
+def test_the_commit_is_that_of_the_packages_own_repository(
+    tmp_path, arguments, monkeypatch, place, is_ours
+):
+    def git(*words):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *own, *words], cwd=tmp_path, check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    module = tmp_path / place / "hf_saereg" / "run_folder.py"
+    module.parent.mkdir(parents=True)
+    (tmp_path / place / "setup.cfg").touch()
+    git("init")
+    git("commit", "--allow-empty", "--message", "first")
+    monkeypatch.setattr(run_folder, "__file__", str(module))
+    write_run(tmp_path / "run", arguments, OPTIONS)
+    record = json.loads((tmp_path / "run" / RUN_FILE).read_text())
+    assert record["git_commit"] == (git("rev-parse", "HEAD") if is_ours else None)
 
 
 @pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])

@@ -19,7 +19,7 @@ from hf_saereg.study_table import markdown, table
 
 VARIANTS = {
     "plain": {"model": "plain"},
-    "steered": {"architecture": "standard", "target_l0": [6.0]},
+    "steered": {"architecture": "standard", "sparsity_coefficient": [0.01]},
     "sparser": {"architecture": "topk", "grid": {"k": [2]}},
     "as long": {"model": "plain", "train_seconds_of": "steered"},
     "untrained": {"model": "untrained"},
@@ -31,7 +31,8 @@ NAMES = ["plain", "steered", "sparser, k 2", "as long", "untrained"]
 def study(tmp_path_factory):
     """A study of three variants at two seeds, its second shard run, then the first."""
     folder = tmp_path_factory.mktemp("study")
-    base = configuration(folder, max_steps=6, fresh_steps=4, fresh_architectures=["topk"])
+    own = {"sparsity_coefficient": None, "target_l0": [6.0]}
+    base = configuration(folder, max_steps=6, fresh_steps=4, fresh_architectures=["topk"], **own)
     content = {"base": base.name, "seeds": [0, 1], "variants": VARIANTS}
     (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["--study", folder / "study.yaml", "--output_dir", folder / "out"]
@@ -190,13 +191,20 @@ def test_a_study_that_cannot_run_is_refused_in_one_sentence(tmp_path, content, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_study_that_is_no_yaml_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "study.yaml").write_text("base: [\n")
+    with pytest.raises(StudyError, match=r"study\.yaml: .*line 2") as caught:
+        Study.read(tmp_path / "study.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_study_is_named(tmp_path):
     with pytest.raises(StudyError, match=r"absent\.yaml"):
         Study.read(tmp_path / "absent.yaml")
 
 
 def test_a_mistake_in_the_last_variant_shows_before_the_first_is_trained(tmp_path):
-    base = configuration(tmp_path, max_steps=6)
+    base = configuration(tmp_path, max_steps=6, sparsity_coefficient=None, target_l0=[6.0])
     variants = {"plain": {"model": "plain"}, "wrong": {"architecture": "topk", "k": [49]}}
     content = {"base": base.name, "seeds": [0], "variants": variants}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -43,7 +43,8 @@ def killed_during(words, is_under_way):
 
 def test_a_killed_comparison_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    base = configuration(tmp_path, fresh_architectures=["topk"])
+    own = {"sparsity_coefficient": None, "target_l0": [6.0]}
+    base = configuration(tmp_path, fresh_architectures=["topk"], **own)
     content = {"base": base.name, "seeds": [0, 1], "variants": VARIANTS}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["--study", str(tmp_path / "study.yaml"), "--output_dir"]

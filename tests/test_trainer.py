@@ -578,11 +578,12 @@ def test_the_newest_checkpoint_is_by_number(tmp_path):
 def test_training_time_adds_up_over_sessions(interrupted):
     session = interrupted / "checkpoint-4" / SESSION_FILE
     assert 0 < json.loads(session.read_text())["train_seconds"] < 100
-    session.write_text(json.dumps({"train_seconds": 1000.0}))
+    session.write_text(json.dumps({"train_seconds": 1000.0, "wall_seconds": 2000.0}))
     ours = resumed(interrupted)
     assert 1000 < ours.train_seconds < 1100
-    final = json.loads((interrupted / "checkpoint-8" / SESSION_FILE).read_text())["train_seconds"]
-    assert 1000 < final <= ours.train_seconds
+    final = json.loads((interrupted / "checkpoint-8" / SESSION_FILE).read_text())
+    assert 1000 < final["train_seconds"] <= ours.train_seconds
+    assert 2000 < final["wall_seconds"] < 2100
 
 
 def test_the_clock_stands_still_in_evaluations(tmp_path):

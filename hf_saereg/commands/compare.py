@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_saereg.errors import UserError
 from hf_saereg.heads import FAMILIES
 from hf_saereg.options import parse_options
 from hf_saereg.processes import refuse_several_processes
-from hf_saereg.report.layout import require_extra
+from hf_saereg.report.layout import PAGE_MODULES, require_extra
 from hf_saereg.report.study_findings import find_in_study
 from hf_saereg.report.study_page import StudyFacts, write_study_page
 from hf_saereg.run_folder import write_json
@@ -70,10 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "another."
     )
     (arguments,) = parse_options(CompareArguments, arguments=words)
-    try:
-        require_extra("matplotlib", "jinja2", "scipy")
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    require_extra(*PAGE_MODULES, "scipy")
     study, folder = Study.read(Path(arguments.study)), Path(arguments.output_dir)
     settings = settings_of(study)
     cells = shard_of(study.cells_of(arguments.only), arguments.shard)

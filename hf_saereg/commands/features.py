@@ -123,12 +123,9 @@ def main(words: Sequence[str]) -> None:
         for reader, found in zip(readers, surveys, strict=True)
     ]
     matches, chance = _matches(arguments.match_by, readers, heads, correlations)
-    try:
-        page = write_feature_page(
-            heads, matches, text.dataset, command_line(), Path(arguments.output_dir), chance
-        )
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    page = write_feature_page(
+        heads, matches, text.dataset, command_line(), Path(arguments.output_dir), chance
+    )
     print(f"Open {page.resolve()}")
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_saereg.errors import UserError
 from hf_saereg.options import parse_options
 from hf_saereg.report import ReportError, write_report, write_swept_report
 from hf_saereg.report.results import read_json
@@ -44,10 +43,7 @@ def main(words: Sequence[str]) -> None:
     (arguments,) = parse_options(ReportArguments, arguments=words)
     folders = [Path(run).expanduser() for run in arguments.runs]
     output_dir = folders[0] if arguments.output_dir is None else Path(arguments.output_dir)
-    try:
-        page = _write(folders, output_dir)
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    page = _write(folders, output_dir)
     print(f"Open {page.resolve()}")
 
 

@@ -9,10 +9,12 @@
 What is notable:
 
 - Importing this package imports neither matplotlib nor jinja2; `write_report` does, and says what
-  to install where they are missing (`pip install 'hf-saereg[report]'`).
+  to install where they are missing (`pip install 'hf-saereg[report]'`). What trains for long before
+  its page is written asks `require_extra` first.
 - The verdicts need no plotting and can be had alone.
 """
 
+from hf_saereg.report.layout import PAGE_MODULES, require_extra
 from hf_saereg.report.page import write_report
 from hf_saereg.report.results import ReportError, Results, read_results
 from hf_saereg.report.swept_page import write_swept_report
@@ -26,6 +28,7 @@ from hf_saereg.report.verdict import (
 )
 
 __all__ = [
+    "PAGE_MODULES",
     "Comparison",
     "Convergence",
     "Outcome",
@@ -35,6 +38,7 @@ __all__ = [
     "compare_sites",
     "measure_convergence",
     "read_results",
+    "require_extra",
     "write_report",
     "write_swept_report",
 ]

@@ -99,7 +99,7 @@ def write_feature_page(
         chance: median cosine of random directions, where cosines matched the features.
 
     Raises:
-        ImportError: if jinja2 is not installed.
+        UserError: if jinja2 is not installed.
     """
     require_extra("jinja2")
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_saereg.errors import UserError
 from hf_saereg.report.findings import l0_text, signed
 
 if TYPE_CHECKING:  # it imports matplotlib
     from hf_saereg.report.events import Drawn
+
+
+PAGE_MODULES = ("matplotlib", "jinja2")  # of a page with figures
 
 
 class Picture(NamedTuple):
@@ -59,13 +63,13 @@ def require_extra(*names: str) -> None:
         *names: modules.
 
     Raises:
-        ImportError: saying what to install.
+        UserError: saying what to install.
     """
     for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(
+            raise UserError(
                 f"The report needs {name}: run `pip install 'hf-saereg[report]'`."
             ) from error
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from hf_saereg.report import findings
 from hf_saereg.report.layout import (
+    PAGE_MODULES,
     Caption,
     Picture,
     draw_pictures,
@@ -67,12 +68,12 @@ def write_report(results: Mapping[str, object], output_dir: Path, run: Path | No
 
     Raises:
         ReportError: if a key of the results is missing or holds what it must not.
-        ImportError: if matplotlib or jinja2 is not installed.
+        UserError: if matplotlib or jinja2 is not installed.
     """
     checked, folder = read_results(results), Path(output_dir)
     run = folder if run is None else Path(run)
     trainings, quality = read_trainings(run, checked), quality_section([run])
-    require_extra("matplotlib", "jinja2")
+    require_extra(*PAGE_MODULES)
     from hf_saereg.report.events import Drawn, write_events
     from hf_saereg.report.figures import DRAWINGS, bar_panels, has_densities
     from hf_saereg.report.measured_figures import draw_quality

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_saereg.report.findings import SUM_L0, listed, signed, tally_text
-from hf_saereg.report.layout import Caption, draw_pictures, render_template, require_extra
+from hf_saereg.report.layout import (
+    PAGE_MODULES,
+    Caption,
+    draw_pictures,
+    render_template,
+    require_extra,
+)
 from hf_saereg.report.study_findings import StudyFindings
 from hf_saereg.report.study_statistics import SiteChange
 from hf_saereg.report.study_tables import MatrixCell, tallies
@@ -54,9 +60,9 @@ def write_study_page(
         The path of `index.html`.
 
     Raises:
-        ImportError: if matplotlib or jinja2 is not installed.
+        UserError: if matplotlib or jinja2 is not installed.
     """
-    require_extra("matplotlib", "jinja2")
+    require_extra(*PAGE_MODULES)
     from hf_saereg.report.events import Drawn, write_events
     from hf_saereg.report.l0_curves import draw_l0_curves, l0_caption
     from hf_saereg.report.trade_off import TradeOff, draw_trade_off, drawn_families

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_saereg.report.findings import SUM_L0, l0_text, listed, signed
-from hf_saereg.report.layout import Caption, draw_pictures, render_template, require_extra
+from hf_saereg.report.layout import (
+    PAGE_MODULES,
+    Caption,
+    draw_pictures,
+    render_template,
+    require_extra,
+)
 from hf_saereg.report.measured_section import quality_section
 from hf_saereg.report.swept import (
     AtEqualL0,
@@ -53,11 +59,11 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
 
     Raises:
         ReportError: if results are missing, damaged, or lack a key.
-        ImportError: if matplotlib or jinja2 is not installed.
+        UserError: if matplotlib or jinja2 is not installed.
     """
     models = read_runs(folders)
     quality = quality_section(folders)
-    require_extra("matplotlib", "jinja2")
+    require_extra(*PAGE_MODULES)
     from hf_saereg.report.events import Drawn, write_events
     from hf_saereg.report.measured_figures import draw_quality
     from hf_saereg.report.swept_figures import DRAWINGS, bar_panels
