@@ -164,6 +164,8 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         compute_term: bool | None = None,
         term_step: int = 0,
         term_draw: int = 0,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> SAERegOutput:
         """GPT-2's forward pass, and the term of its heads.
@@ -176,6 +178,11 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
             term_step: step of the training, the same on all processes: on it depends, in training
                 mode, which sites the term covers and which are spliced.
             term_draw: of the micro-batch and process: on it too depends which tokens are drawn.
+            position_ids: (batch, sequence) or (1, sequence); by default counted from the first
+                token, cached or not, padding too. `generate` counts from the mask instead, but
+                only for a model whose signature has this.
+            logits_to_keep: compute the logits of this many last tokens, or of the positions in a
+                (kept,) tensor; 0 for all, which a loss needs. `generate` asks for the last one's.
             **kwargs: as `GPT2LMHeadModel` takes them.
 
         Raises:
@@ -187,10 +194,16 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         read = self.heads.hook_names if compute_term else []
         if self.training:
             read = self.term.sites_of_step(read, term_step)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
         with self.reading(read) as activations:
-            output = super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
-            )
+            output = super().forward(**inputs)
         if not read:
             return SAERegOutput(**output)
         if input_ids is None and self.skip.skip_tokens:
@@ -208,8 +221,7 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
             term, sites = regularization(self.heads, activations, mask, kept)
         spliced_loss = None
         if self.training and self.term.splice_weight > 0:
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            spliced_loss = self._spliced_loss(term_step, mask, output.logits, inputs | kwargs)
+            spliced_loss = self._spliced_loss(term_step, mask, output.logits, inputs)
         return SAERegOutput(**output, term=term, spliced_loss=spliced_loss, sites=sites)
 
     def _autocast_of_term(self, device: torch.device) -> AbstractContextManager:

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import write_official_weights
+from tiny_checkpoint import SITES, write_official_weights
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel
 
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-from hf_saereg.regularizer import regularization
+from hf_saereg.regularizer import TermOptions, regularization
+from hf_saereg.splicing import Splice
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -234,6 +236,37 @@ def test_generating_never_runs_the_heads(model, monkeypatch):
     stock = model.plain_view().generate(prompt, max_new_tokens=6, do_sample=False)
     assert generated.shape == (1, 10)
     assert torch.equal(generated, stock)
+
+
+def test_a_batch_padded_on_the_left_generates_what_stock_gpt2_does(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    stock = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    rows = [torch.arange(1, 9), torch.arange(40, 43), torch.arange(70, 75)]
+    prompt = pad_sequence(rows, batch_first=True, padding_side="left")  # (3, 8), padded with 0
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": (prompt != 0).long()}
+    generated = model.generate(prompt, **options)
+    assert torch.equal(generated, stock.generate(prompt, **options))
+    alone = model.generate(rows[1][None], max_new_tokens=12, do_sample=False)
+    assert torch.equal(generated[1, 5:], alone[0])
+
+
+def test_generating_computes_the_logits_of_the_last_token_alone(model):
+    lengths = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    model.generate(torch.arange(1, 9)[None], max_new_tokens=3, do_sample=False)
+    assert lengths == [1, 1, 1]
+
+
+def test_the_spliced_pass_has_the_same_positions(model, input_ids):
+    positions = (torch.arange(10) + 7)[None]
+    model.term = TermOptions(splice_weight=1.0)
+    shifted = model.train()(input_ids, labels=input_ids, position_ids=positions)
+    usual = model(input_ids, labels=input_ids)
+    splices = {hook_name: Splice(model.heads[hook_name], None) for hook_name in SITES}
+    with torch.no_grad(), model.at_sites(splices):
+        expected = model.plain_view()(input_ids, labels=input_ids, position_ids=positions).loss
+    torch.testing.assert_close(shifted.spliced_loss, expected)
+    assert not torch.isclose(usual.spliced_loss, expected)
 
 
 def test_cached_keys_shift_the_mask_to_the_new_tokens(model, input_ids):
