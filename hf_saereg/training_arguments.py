@@ -34,7 +34,7 @@ class SAERegArguments(TrainingArguments):
 
     Raises:
         UserError: if there is no such kernel or centre, the kernel does not run on the device, a
-            number cannot be, or `hub_strategy` publishes optimizer state.
+            number cannot be, labels are smoothed, or `hub_strategy` publishes optimizer state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -94,6 +94,11 @@ class SAERegArguments(TrainingArguments):
         if not (math.isfinite(self.anchor_weight) and self.anchor_weight >= 0):
             raise UserError(
                 f"anchor_weight is {self.anchor_weight}; it must be a finite number ≥ 0."
+            )
+        if self.label_smoothing_factor != 0:
+            raise UserError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, for which Trainer keeps "
+                "the labels from the model, and without them there is no term; leave it out."
             )
         if self.heads_learning_rate is not None and not self.heads_learning_rate > 0:
             raise UserError(

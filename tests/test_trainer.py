@@ -677,6 +677,14 @@ def test_no_pickle_lies_beside_the_weights(uninterrupted):
     assert {"model.safetensors", "config.json"} <= {path.name for path in folder.iterdir()}
 
 
+# ---- what would train something else in silence ----
+
+
+def test_smoothed_labels_which_would_leave_the_term_out_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"label_smoothing_factor is 0\.1.*; leave it out"):
+        arguments(tmp_path, label_smoothing_factor=0.1)
+
+
 # ---- what is not finite ----
 
 
