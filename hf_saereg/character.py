@@ -81,6 +81,7 @@ class CharacterJob:
                 check_run_folder(folder, options, resume=arguments.resumes)
             tokenizer = character_tokenizer(corpus.block_size)
             blocks = load_blocks(corpus, tokenizer)
+        arguments.check_train_rows(len(blocks["train"]))
         config = shape.config(corpus.block_size, tokenizer)
         setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
         job = cls(*parsed, options, tokenizer, blocks, config, setup)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_saereg.cards import write_card
 from hf_saereg.corpora import first_rows
@@ -107,6 +108,25 @@ class RecordingTrainer(PublishingTrainer):
         """As `Trainer.evaluate`."""
         with self._clock_stopped():
             return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As `Trainer.get_eval_dataloader`, of every row: only training drops a last batch."""
+        with self._dropping_nothing():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As `Trainer.get_test_dataloader`, of every row."""
+        with self._dropping_nothing():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _dropping_nothing(self) -> Iterator[None]:
+        # `Trainer` has one option for all loaders, and reads it where it makes them
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = asked
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ class SAERegArguments(TrainingArguments):
         eval_base: at each evaluation, also measure CE of the base and KL(base ‖ model).
         eval_fidelity: at each evaluation, also splice the heads into the model and score them.
         model_license: of the published model, as the Hub abbreviates it.
+        dataloader_drop_last: of training alone; an evaluation reads every row.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
 
@@ -109,6 +110,24 @@ class SAERegArguments(TrainingArguments):
         super().__post_init__()
         kernels.check(self.kernel, self.device)
         check_strategy(self.hub_strategy)
+
+    def check_train_rows(self, rows: int) -> None:
+        """Check that a training split has a batch to step on.
+
+        Args:
+            rows: of the split.
+
+        Raises:
+            UserError: if its only batch is not full, and `dataloader_drop_last` drops it.
+        """
+        batch = self.train_batch_size * self.world_size
+        if self.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"The training split has {rows} rows, fewer than the {batch} of one batch over "
+                f"{self.world_size} process(es), and dataloader_drop_last drops what is not full: "
+                "take a longer text, lower per_device_train_batch_size, or leave "
+                "dataloader_drop_last out."
+            )
 
     @property
     def resumes(self) -> bool:

@@ -350,6 +350,11 @@ def test_a_text_that_cannot_be_cut_is_refused(recipe, tmp_path, text, sentence):
     assert_refused(recipe, tmp_path, sentence, dataset=str(tmp_path / "other.txt"))
 
 
+def test_a_text_of_less_than_a_batch_is_refused(recipe, tmp_path):
+    sentence = "fewer than the 500 of one batch over 1 process(es), and dataloader_drop_last"
+    assert_refused(recipe, tmp_path, sentence, per_device_train_batch_size=500)
+
+
 def test_a_folder_of_other_files_is_refused(recipe, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
