@@ -262,8 +262,8 @@ class SAERegTrainer(RecordingTrainer):
                 broken.append(f"the term at {hook_name} is {site.value.item()}")
         step = self.state.global_step + self.model.training
         raise NonFiniteLossError(
-            f"At step {step} {' and '.join(broken)}; lower the learning rate "
-            "or the weight of the term, and resume from the last checkpoint."
+            f"At step {step} {' and '.join(broken)}; start anew in another output_dir, "
+            "with a lower learning rate or weight of the term."
         )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

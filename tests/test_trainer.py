@@ -724,6 +724,8 @@ def test_a_term_that_is_not_finite_is_named_by_step_and_site(tmp_path, value):
         non_finite(tmp_path, one_head, value).train()
     assert "cross-entropy" not in str(caught.value) and SITES[0] not in str(caught.value)
     assert isinstance(caught.value, UserError)
+    # with changed options the folder cannot be continued
+    assert "start anew in another output_dir" in str(caught.value)
 
 
 def test_a_cross_entropy_that_is_not_finite_is_named(tmp_path):
