@@ -116,7 +116,7 @@ class CharacterJob:
             figures = trainer.train_to_the_end(start)  # published by `publish`
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
-        model = SAERegGPT2LMHeadModel.from_pretrained(folder)
+        model = SAERegGPT2LMHeadModel.load_whole(folder)
         model.skip_over(self.heads)  # which the plain model's folder does not say
         return model.to(arguments.device), figures
 

@@ -222,6 +222,6 @@ class RecordingTrainer(PublishingTrainer):
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Language model and heads, into the parameters that the optimizer already holds."""
-        saved = type(self.model).from_pretrained(checkpoint)
+        saved = type(self.model).load_whole(checkpoint)
         check_matches(saved.heads.configs, self.model.heads.configs)
         load_full_state(self.model, saved.state_dict())

@@ -13,13 +13,15 @@ import datasets
 import pytest
 import torch
 from tiny_recipe import configuration
-from training_job import weights
+from training_job import lose_a_weight, weights
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_saereg import character
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.heads import FAMILIES
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.run_folder import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
@@ -185,6 +187,18 @@ def test_a_run_killed_in_each_model_ends_with_the_weights_of_an_uninterrupted_on
     ]
     assert results[0]["rows"] == results[1]["rows"]
     assert results[0]["compound"] == results[1]["compound"]
+
+
+def test_a_finished_model_that_lost_a_weight_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    job = character.CharacterJob.from_options(["--config", str(configuration(tmp_path))])
+    folder = tmp_path / "run" / "plain"
+    job.new_model("plain").save_pretrained(folder)
+    write_run(folder, job.arguments, job.options, {"wall_seconds": 1.0})
+    assert job.train("plain")[1] == {"wall_seconds": 1.0}
+    lose_a_weight(folder, "transformer.ln_f.bias")
+    with pytest.raises(CheckpointError, match=r"lacks weights, transformer\.ln_f\.bias"):
+        job.train("plain")
 
 
 # ---- in this process, for speed ----

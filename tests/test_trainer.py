@@ -19,6 +19,7 @@ from training_job import (
     arguments,
     collate,
     heads,
+    lose_a_weight,
     rows,
     run,
     summed_ce,
@@ -29,6 +30,7 @@ from training_job import (
 )
 from transformers import GPT2LMHeadModel, TrainerCallback
 
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.errors import UserError
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
@@ -557,6 +559,12 @@ def test_without_the_trainers_state_nothing_resumes(interrupted):
 def test_missing_heads_are_never_replaced_by_fresh_ones(interrupted):
     shutil.rmtree(interrupted / "checkpoint-4" / "saes")
     with pytest.raises(HeadFolderError, match="no head on"):
+        resumed(interrupted)
+
+
+def test_missing_weights_are_never_replaced_by_random_ones(interrupted):
+    lose_a_weight(interrupted / "checkpoint-4", "transformer.h.1.mlp.c_fc.weight")
+    with pytest.raises(CheckpointError, match=r"lacks weights, transformer\.h\.1\.mlp\.c_fc"):
         resumed(interrupted)
 
 
