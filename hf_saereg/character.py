@@ -88,6 +88,7 @@ class CharacterJob:
                 check_run_folder(folder, options, resume=arguments.resumes)
             tokenizer = character_tokenizer(corpus.block_size)
             blocks = load_blocks(corpus, tokenizer)
+        arguments.check_train_rows(len(blocks["train"]))
         config = shape.config(corpus.block_size, tokenizer)
         setup = describe_setup(arguments, heads, corpus, fresh, config, blocks)
         job = cls(*parsed, options, tokenizer, blocks, config, setup)
@@ -125,7 +126,7 @@ class CharacterJob:
             self.earlier_seconds += trainer.earlier_seconds
             trainer.describe(folder)  # with what the summary measured
             write_run(folder, arguments, self.options, figures)
-        model = SAERegGPT2LMHeadModel.from_pretrained(folder)
+        model = SAERegGPT2LMHeadModel.load_whole(folder)
         model.skip_over(self.heads)  # which the plain model's folder does not say
         return model.to(arguments.device), figures
 

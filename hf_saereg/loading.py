@@ -34,14 +34,7 @@ def load_checkpoint(
     Raises:
         UserError: if it is not there, no GPT-2, damaged or incomplete, or there is no tokenizer.
     """
-    model, loading = SAERegGPT2LMHeadModel.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **options
-    )
-    if loading["missing_keys"]:
-        raise CheckpointError(
-            f"{name} lacks weights, {sorted(loading['missing_keys'])[0]} among them; it was not "
-            "saved from a whole GPT-2 language model."
-        )
+    model = SAERegGPT2LMHeadModel.load_whole(name, dtype=torch.float32, **options)
     return model.eval(), _tokenizer(name, tokenizer, model.config)
 
 

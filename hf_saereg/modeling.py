@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import CommitInfo
@@ -359,6 +359,25 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         elif heads is not None:
             model.attach_heads(heads)
         return loaded
+
+    @classmethod
+    def load_whole(cls, name: str | Path, **options: Any) -> Self:
+        """As `from_pretrained`, of a checkpoint that lacks no weight: none is drawn at random.
+
+        Args:
+            name: folder or Hub repository.
+            **options: as `from_pretrained` takes them, but `output_loading_info`.
+
+        Raises:
+            UserError: as `from_pretrained`; a `CheckpointError` also if it lacks a weight.
+        """
+        model, loading = cls.from_pretrained(name, output_loading_info=True, **options)
+        if loading["missing_keys"]:
+            raise CheckpointError(
+                f"{name} lacks weights, {sorted(loading['missing_keys'])[0]} among them; it was "
+                "not saved from a whole GPT-2 language model."
+            )
+        return model
 
     def _check_finite(self, name: str | Path) -> None:
         for parameter_name, parameter in self.named_parameters():

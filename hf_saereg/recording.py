@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_saereg.cards import write_card
 from hf_saereg.corpora import first_rows
@@ -116,6 +117,25 @@ class RecordingTrainer(PublishingTrainer):
         with self._clock_stopped():
             return super().evaluate(*args, **kwargs)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As `Trainer.get_eval_dataloader`, of every row: only training drops a last batch."""
+        with self._dropping_nothing():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As `Trainer.get_test_dataloader`, of every row."""
+        with self._dropping_nothing():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _dropping_nothing(self) -> Iterator[None]:
+        # `Trainer` has one option for all loaders, and reads it where it makes them
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = asked
+
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:
         if self._clock_started is None:
@@ -213,6 +233,6 @@ class RecordingTrainer(PublishingTrainer):
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Language model and heads, into the parameters that the optimizer already holds."""
-        saved = type(self.model).from_pretrained(checkpoint)
+        saved = type(self.model).load_whole(checkpoint)
         check_matches(saved.heads.configs, self.model.heads.configs)
         load_full_state(self.model, saved.state_dict())

@@ -137,7 +137,7 @@ def transplant(study: Study, variant: str, seed: int, folder: Path) -> bool:
     if variant == study.baseline or not finished or not _are_models(donor, target):
         return False
     job = StudyCell.prepare(study, variant, seed, folder).job
-    model = SAERegGPT2LMHeadModel.from_pretrained(target)
+    model = SAERegGPT2LMHeadModel.load_whole(target)
     model.load_heads(donor)
     model.eval()
     batches = fidelity_batches(job.blocks["validation"], job.fresh.fidelity_blocks, model.config)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
 from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.errors import UserError
@@ -50,7 +50,7 @@ class SAERegTrainer(RecordingTrainer):
 
     Raises:
         HeadConfigError: if a head could not be saved.
-        UserError: if `anchor_weight` has nothing to hold.
+        UserError: if `anchor_weight` has nothing to hold, or the training rows are no batch.
     """
 
     # compute_loss divides by the whole accumulated batch itself
@@ -61,6 +61,8 @@ class SAERegTrainer(RecordingTrainer):
         if self.args.ddp_find_unused_parameters is None:
             # heads that a step leaves out get no gradient; otherwise every parameter does
             self.args.ddp_find_unused_parameters = self.model.term.sites_per_step is not None
+        if has_length(self.train_dataset):
+            self.args.check_train_rows(len(self.train_dataset))
         self._tokens_in_batch: Tensor | None = None
         self._train_meter, self._eval_meter = TermMeter(), TermMeter()
         self._norm_meter = NormMeter()
@@ -260,8 +262,8 @@ class SAERegTrainer(RecordingTrainer):
                 broken.append(f"the term at {hook_name} is {site.value.item()}")
         step = self.state.global_step + self.model.training
         raise NonFiniteLossError(
-            f"At step {step} {' and '.join(broken)}; lower the learning rate "
-            "or the weight of the term, and resume from the last checkpoint."
+            f"At step {step} {' and '.join(broken)}; start anew in another output_dir, "
+            "with a lower learning rate or weight of the term."
         )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -336,8 +338,8 @@ class SAERegTrainer(RecordingTrainer):
         ce, predicted, base_ce, kl = self.accelerator.reduce(self._eval_sums).tolist()
         if predicted == 0:
             raise UserError(
-                "The evaluation read no token that is predicted: give it a text of at least one "
-                "batch, lower per_device_eval_batch_size, or leave dataloader_drop_last out."
+                "The evaluation read no token that is predicted; give eval_dataset at least one "
+                "row."
             )
         figures["loss"] = ce / predicted
         if self.reference is not None:

@@ -30,12 +30,14 @@ class SAERegArguments(TrainingArguments):
         eval_base: at each evaluation, also measure CE of the base and KL(base ‖ model).
         eval_fidelity: at each evaluation, also splice the heads into the model and score them.
         model_license: of the published model, as the Hub abbreviates it.
+        dataloader_drop_last: of training alone; an evaluation reads every row.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
 
     Raises:
         UserError: if there is no such kernel, centre or place to report to, the kernel does not run
-            on the device, a number cannot be, or `hub_strategy` publishes optimizer state.
+            on the device, a number cannot be, labels are smoothed, or `hub_strategy` publishes
+            optimizer state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -100,6 +102,11 @@ class SAERegArguments(TrainingArguments):
             raise UserError(
                 f"learning_rate is {self.learning_rate}; it must be a finite number ≥ 0."
             )
+        if self.label_smoothing_factor != 0:
+            raise UserError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, for which Trainer keeps "
+                "the labels from the model, and without them there is no term; leave it out."
+            )
         if self.heads_learning_rate is not None and not self.heads_learning_rate > 0:
             raise UserError(
                 f"heads_learning_rate is {self.heads_learning_rate}; it must be above 0."
@@ -115,6 +122,24 @@ class SAERegArguments(TrainingArguments):
                 )
         kernels.check(self.kernel, self.device)
         check_strategy(self.hub_strategy)
+
+    def check_train_rows(self, rows: int) -> None:
+        """Check that a training split has a batch to step on.
+
+        Args:
+            rows: of the split.
+
+        Raises:
+            UserError: if its only batch is not full, and `dataloader_drop_last` drops it.
+        """
+        batch = self.train_batch_size * self.world_size
+        if self.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"The training split has {rows} rows, fewer than the {batch} of one batch over "
+                f"{self.world_size} process(es), and dataloader_drop_last drops what is not full: "
+                "take a longer text, lower per_device_train_batch_size, or leave "
+                "dataloader_drop_last out."
+            )
 
     @property
     def resumes(self) -> bool:

@@ -14,14 +14,16 @@ import datasets
 import pytest
 import torch
 from tiny_recipe import configuration
-from training_job import weights
+from training_job import lose_a_weight, weights
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_saereg import character
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.heads import FAMILIES
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.resuming import SESSION_FILE
+from hf_saereg.run_folder import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "train_character.py"
@@ -187,6 +189,18 @@ def test_a_run_killed_in_each_model_ends_with_the_weights_of_an_uninterrupted_on
     ]
     assert results[0]["rows"] == results[1]["rows"]
     assert results[0]["compound"] == results[1]["compound"]
+
+
+def test_a_finished_model_that_lost_a_weight_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    job = character.CharacterJob.from_options(["--config", str(configuration(tmp_path))])
+    folder = tmp_path / "run" / "plain"
+    job.new_model("plain").save_pretrained(folder)
+    write_run(folder, job.arguments, job.options, {"wall_seconds": 1.0})
+    assert job.train("plain")[1] == {"wall_seconds": 1.0}
+    lose_a_weight(folder, "transformer.ln_f.bias")
+    with pytest.raises(CheckpointError, match=r"lacks weights, transformer\.ln_f\.bias"):
+        job.train("plain")
 
 
 # ---- in this process, for speed ----
@@ -409,6 +423,11 @@ def test_a_misspelt_word_of_the_command_line_is_refused(recipe, tmp_path):
 def test_a_text_that_cannot_be_cut_is_refused(recipe, tmp_path, text, sentence):
     (tmp_path / "other.txt").write_bytes(text)
     assert_refused(recipe, tmp_path, sentence, dataset=str(tmp_path / "other.txt"))
+
+
+def test_a_text_of_less_than_a_batch_is_refused(recipe, tmp_path):
+    sentence = "fewer than the 500 of one batch over 1 process(es), and dataloader_drop_last"
+    assert_refused(recipe, tmp_path, sentence, per_device_train_batch_size=500)
 
 
 def test_a_folder_of_other_files_is_refused(recipe, tmp_path):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_job import (
-    CONTEXT,
     LENGTHS,
     SITES,
     WIDTH,
@@ -20,6 +19,7 @@ from training_job import (
     arguments,
     collate,
     heads,
+    lose_a_weight,
     rows,
     run,
     summed_ce,
@@ -30,6 +30,7 @@ from training_job import (
 )
 from transformers import GPT2LMHeadModel, TrainerCallback
 
+from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.errors import UserError
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
@@ -235,10 +236,21 @@ def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
             assert math.isfinite(found[f"eval_{name}/{site}"])
 
 
-def test_an_evaluation_of_no_batch_is_refused(tmp_path):
-    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=9)
-    with pytest.raises(UserError, match="leave dataloader_drop_last out"):
-        trainer(tiny_model(), args, eval_dataset=rows([CONTEXT] * 8)).evaluate()
+def test_an_evaluation_reads_every_row_where_training_drops_a_last_batch(tmp_path):
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    lengths = [12, 3, 7, 12, 5, 8]  # one batch and a half
+    model = tiny_model(dtype=torch.float32)
+    ours = trainer(model, args, rows()[:3], eval_dataset=rows(lengths))
+    assert len(ours.get_train_dataloader()) == 1 and len(ours.get_test_dataloader(rows()[:6])) == 2
+    with torch.no_grad():
+        expected = model.eval()(**collate(rows(lengths))).loss.item()
+    assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert args.dataloader_drop_last
+
+
+def test_an_evaluation_of_no_row_is_refused(tmp_path):
+    with pytest.raises(UserError, match="give eval_dataset at least one row"):
+        trainer(tiny_model(), arguments(tmp_path), eval_dataset=[]).evaluate()
 
 
 def test_without_heads_the_objective_is_the_loss(tmp_path):
@@ -550,6 +562,12 @@ def test_missing_heads_are_never_replaced_by_fresh_ones(interrupted):
         resumed(interrupted)
 
 
+def test_missing_weights_are_never_replaced_by_random_ones(interrupted):
+    lose_a_weight(interrupted / "checkpoint-4", "transformer.h.1.mlp.c_fc.weight")
+    with pytest.raises(CheckpointError, match=r"lacks weights, transformer\.h\.1\.mlp\.c_fc"):
+        resumed(interrupted)
+
+
 def test_resuming_from_the_last_step_trains_no_further(uninterrupted):
     folder = Path(uninterrupted.args.output_dir)
     ours = resumed(folder, step=8)
@@ -678,6 +696,24 @@ def test_no_pickle_lies_beside_the_weights(uninterrupted):
     assert {"model.safetensors", "config.json"} <= {path.name for path in folder.iterdir()}
 
 
+# ---- what would train something else in silence ----
+
+
+def test_smoothed_labels_which_would_leave_the_term_out_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"label_smoothing_factor is 0\.1.*; leave it out"):
+        arguments(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_rows_that_are_no_batch_are_refused_where_it_would_be_dropped(tmp_path):
+    options = {"per_device_train_batch_size": 4}
+    trainer(tiny_model(), arguments(tmp_path, **options), rows()[:3]).train()
+    args = arguments(tmp_path, dataloader_drop_last=True, **options)
+    trainer(tiny_model(), args, rows()[:4]).train()
+    sentence = "split has 3 rows, fewer than the 4 of one batch .* lower per_device_train_batch"
+    with pytest.raises(UserError, match=sentence):
+        trainer(tiny_model(), args, rows()[:3])
+
+
 # ---- what is not finite ----
 
 
@@ -697,6 +733,8 @@ def test_a_term_that_is_not_finite_is_named_by_step_and_site(tmp_path, value):
         non_finite(tmp_path, one_head, value).train()
     assert "cross-entropy" not in str(caught.value) and SITES[0] not in str(caught.value)
     assert isinstance(caught.value, UserError)
+    # with changed options the folder cannot be continued
+    assert "start anew in another output_dir" in str(caught.value)
 
 
 def test_a_cross_entropy_that_is_not_finite_is_named(tmp_path):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, TrainerCallback, set_seed
 
@@ -55,6 +55,14 @@ def weights(folder):
     for path in folder.glob("saes/*/sae_weights.safetensors"):
         found |= {f"{path.parent.name}/{name}": t for name, t in load_file(path).items()}
     return found
+
+
+def lose_a_weight(folder, name):
+    """Take one tensor of the language model out of a checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def tiny_model(head_configs=(), dropout=0.0, seed=0, dtype=torch.float64, term=None):
