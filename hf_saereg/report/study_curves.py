@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_saereg.report.results import COTRAINED, FRESH
-from hf_saereg.report.verdict import Curve, CurvePoint, relative_movement
+from hf_saereg.report.verdict import Curve, CurvePoint, relative_movement, shared_range
 
 Cell = Mapping[str, Any]
 BySeed = dict[int, Curve]
@@ -130,16 +130,6 @@ def at_equal_l0(ours: BySeed, baseline: BySeed, wanted: float | None) -> EqualL0
     if min(min(pair) for pair in values.values()) <= 0:
         return EqualL0(l0, {}, "a CE increase that is not positive has no ratio")
     return EqualL0(l0, {seed: math.log(own / plain) for seed, (own, plain) in values.items()})
-
-
-def shared_range(curves: Iterable[Curve]) -> tuple[float, float] | None:
-    """Lowest and highest L0 that all curves reached; None if there is none."""
-    curves = list(curves)
-    if not curves or not all(curve.points for curve in curves):
-        return None
-    low = max(curve.points[0].l0 for curve in curves)
-    high = min(curve.points[-1].l0 for curve in curves)
-    return (low, high) if low <= high else None
 
 
 def stated_l0(

@@ -24,7 +24,13 @@ from hf_saereg.report.results import (
     read_as,
     read_json,
 )
-from hf_saereg.report.verdict import SAME_L0, Curve, CurvePoint, relative_movement
+from hf_saereg.report.verdict import (
+    SAME_L0,
+    Curve,
+    CurvePoint,
+    relative_movement,
+    shared_range,
+)
 
 RESULTS_FILE = "results.json"
 POINTS_COMPARED = 5
@@ -270,12 +276,7 @@ def _shared_range(
     rows: Sequence[Sequence[SweptHead | SweptSet]], variant: Variant
 ) -> tuple[list[list[Curve]], tuple[float, float] | None]:
     every = [curves_by_seed(fresh(own, variant)) for own in rows]
-    curves = [curve for own in every for curve in own]
-    if not curves or not all(curve.points for curve in curves):
-        return every, None
-    low = max(curve.points[0].l0 for curve in curves)
-    high = min(curve.points[-1].l0 for curve in curves)
-    return every, (low, high) if low <= high else None
+    return every, shared_range(curve for own in every for curve in own)
 
 
 def _at(every: Sequence[Sequence[Curve]], variant: Variant, l0: float) -> AtEqualL0:

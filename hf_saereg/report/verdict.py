@@ -107,8 +107,11 @@ class Curve:
         )
 
     def reaches(self, l0: float) -> bool:
-        """Return whether an L0 lies in the measured range."""
-        return bool(self.points) and self.points[0].l0 <= l0 <= self.points[-1].l0
+        """Return whether an L0 lies in the measured range, or next to an end of it."""
+        if not self.points:
+            return False
+        low, high = self.points[0].l0, self.points[-1].l0
+        return low <= l0 * (1 + SAME_L0) and l0 <= high * (1 + SAME_L0)
 
     def at(self, l0: float) -> CurvePoint:
         """Return the curve at an L0, linear in log L0 between the measured points.
@@ -118,6 +121,7 @@ class Curve:
         """
         if not self.reaches(l0):
             raise ValueError(f"L0 {l0} lies outside what was measured.")
+        l0 = min(max(l0, self.points[0].l0), self.points[-1].l0)
         right_index = bisect_left([point.l0 for point in self.points], l0)
         right = self.points[right_index]
         if right.l0 == l0:
@@ -129,6 +133,18 @@ class Curve:
             left.ce_increase + share * (right.ce_increase - left.ce_increase),
             left.movement + share * (right.movement - left.movement),
         )
+
+
+def shared_range(curves: Iterable[Curve]) -> tuple[float, float] | None:
+    """Lowest and highest L0 that all curves reached; None if there is none."""
+    curves = list(curves)
+    if not curves or not all(curve.points for curve in curves):
+        return None
+    low = max(curve.points[0].l0 for curve in curves)
+    high = min(curve.points[-1].l0 for curve in curves)
+    if low > high * (1 + SAME_L0):
+        return None
+    return low, max(low, high)
 
 
 @dataclass(frozen=True)
@@ -143,12 +159,7 @@ class Comparison:
     @property
     def overlap(self) -> tuple[float, float] | None:
         """Lowest and highest L0 that both models reached; None if there is none."""
-        curves = (self.plain.points, self.regularized.points)
-        if not all(curves):
-            return None
-        low = max(points[0].l0 for points in curves)
-        high = min(points[-1].l0 for points in curves)
-        return (low, high) if low <= high else None
+        return shared_range((self.plain, self.regularized))
 
     @cached_property
     def points(self) -> tuple[PointComparison, ...]:
