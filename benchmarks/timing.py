@@ -16,18 +16,21 @@ def median_seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> 
     """Median seconds of each, taking turns; of two runs a turn only the second is timed.
 
     The first gives back what the one before left behind: after a path of large arrays the system
-    has taken its pages away, and the next one would pay for getting some again.
+    has taken its pages away, and the next one would pay for getting some again. Each round begins
+    with another one, so that none always follows the same.
 
     Args:
         contestants: by name.
         repeats: rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, contestant in contestants.items():
-            contestant()
+    names = list(contestants)
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            contestants[name]()
             start = time.perf_counter()
-            contestant()
+            contestants[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
