@@ -175,8 +175,8 @@ def main() -> None:
         write_json(options.json, results)
     if draw is not None:
         results["scaling"] = measure_scaling(saved["late"], *common, DOUBLING_TURNS)
+        write_json(options.json, results)
         draw(results).savefig(options.figure or options.json.with_suffix(".png"), dpi=160)
-    write_json(options.json, results)
     print(text(results))
 
 

@@ -147,7 +147,8 @@ def checkpoints(shape: Shape, folder: Path) -> dict[str, Path]:
     finished = folder / FINISHED
     made = _made(shape)
     if finished.is_file():
-        before = {name: json.loads(finished.read_text()).get(name) for name in made}
+        record = json.loads(finished.read_text())
+        before = {name: record.get(name) for name in made}
         if before != made:
             raise UserError(
                 f"{folder} has checkpoints that were made otherwise ({before}, now {made}); delete "

@@ -21,7 +21,7 @@ from hf_saereg.report.verdict import (
     measure_convergence,
 )
 
-SETTLED = 0.10  # movement of the mean over sites up to which a comparison counts as settled
+SETTLED = 0.10  # movement of a CE increase up to which it counts as settled
 BARS_AT = 50  # of the published bars; the nearest L0 that all models reached is shown
 SUM_L0 = "Σ\N{NO-BREAK SPACE}L0"
 EQUAL_CE = 0.0005  # nats; what rounds to 0.000 is not called a difference
@@ -78,6 +78,7 @@ class Findings(NamedTuple):
         worse: each way in which the regularized model is worse.
         convergence: how settled the fresh SAEs are.
         unsettled: those of `convergence` that are not.
+        loose: those of `convergence` that are not with all sites replaced at once.
         overfitting: one sentence on training against validation CE.
         readings: one line per figure.
         descriptions: the alternative text of each figure.
@@ -91,6 +92,7 @@ class Findings(NamedTuple):
     worse: list[Shortfall]
     convergence: list[Convergence]
     unsettled: list[Convergence]
+    loose: list[Convergence]
     overfitting: str
     readings: dict[str, str]
     descriptions: dict[str, str]
@@ -130,6 +132,7 @@ def find(results: Results) -> Findings:
         worse=_worse(results, comparisons),
         convergence=convergence,
         unsettled=[found for found in convergence if found.mean > SETTLED],
+        loose=[found for found in convergence if found.compound > SETTLED],
         overfitting=_overfitting(results),
         readings=_readings(results, comparisons),
         descriptions=_descriptions(results, compound, sites),
