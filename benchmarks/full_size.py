@@ -1,13 +1,14 @@
 """Peak memory and speed of fine-tuning at the full size of GPT-2 small, with random weights.
 
-    python -m benchmarks.full_size [OPTION VALUE …]
+    python -m benchmarks.full_size --json full_size.json [OPTION VALUE …]
 
-Options are those of `recipes/finetune_gpt2.py`, over `recipes/gpt2_small.yaml`. By default the
-text is the packaged plays, a character a token, because neither memory nor speed depends on what it
-says; `--dataset FILE --tokenizer FOLDER` reads another one. The checkpoint has the tensor names of
-the published one.
+The other options are those of `recipes/finetune_gpt2.py`, over `recipes/gpt2_small.yaml`. By
+default the text is the packaged plays, a character a token, because neither memory nor speed
+depends on what it says; `--dataset FILE --tokenizer FOLDER` reads another one. The checkpoint has
+the tensor names of the published one.
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -16,6 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import GPT2Config, GPT2Model
+
+from benchmarks.timing import conditions
+from hf_saereg.errors import UserError, one_sentence_errors
+from hf_saereg.run_folder import write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FEW = {
@@ -46,5 +51,22 @@ def measure(words: list[str]) -> dict[str, float]:
     return {"peak_gib": peak, "tokens_per_second": figures["tokens_per_second"]}
 
 
+def main() -> None:
+    """Measure, print the figures, write JSON.
+
+    Raises:
+        UserError: if the JSON has no folder to go to, before anything is trained.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    options, words = parser.parse_known_args()
+    if not options.json.parent.is_dir():
+        raise UserError(f"There is no folder {options.json.parent} for --json; make it first.")
+    results = conditions() | measure(words)
+    write_json(options.json, results)
+    print(json.dumps(results, indent=2))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:])))
+    with one_sentence_errors():
+        main()

@@ -110,6 +110,8 @@ class Step:
         shard_heads: each head a group of its own, which the recipes cannot do yet.
         sparse: how the heads are computed.
         checkpointing: blocks are computed again in the backward pass.
+        sync_each_batch: gradients of shards are scattered after every micro-batch (accelerate's
+            `gradient_accumulation_kwargs`); otherwise all stay whole until the last.
     """
 
     language: Language
@@ -119,6 +121,7 @@ class Step:
     shard_heads: bool = False
     sparse: bool = True
     checkpointing: bool = False
+    sync_each_batch: bool = True
     micro: int = MICRO
     machine: Machine = Machine()
 
@@ -145,9 +148,14 @@ class Step:
         others = (self.gpus - 1) / self.gpus
         if not self.shard:
             return 2 * others * 4 * self.parameters  # all-reduce of float32 gradients
-        # for every micro-batch weights are gathered twice in bfloat16; gradients scattered
-        micro = max(1, TOKENS // (self.micro * self.gpus))
-        return others * micro * (2 * 2 + 4) * self.parameters
+        # for every micro-batch weights are gathered twice in bfloat16
+        scattered = self.micro_batches if self.sync_each_batch else 1
+        return others * (self.micro_batches * 2 * 2 + scattered * 4) * self.parameters
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each GPU."""
+        return max(1, TOKENS // (self.micro * self.gpus))
 
     def traffic_seconds(self) -> float:
         """Of the traffic, were it not hidden behind the backward pass."""
@@ -167,6 +175,10 @@ class Step:
             "activations": self.micro * language.n_layer * kept,
             "logits": self.micro * language.vocabulary * 10,  # bfloat16, float32 and its gradient
         }
+        if not self.shard and self.gpus > 1:
+            used["buckets"] = 4 * self.parameters  # DDP's, of gradients on their way
+        if self.shard and self.micro_batches > 1 and not self.sync_each_batch:
+            used["whole gradients"] = 4 * self.parameters
         if heads is not None:
             # the term's gradients wait for the backward pass: see hf_saereg.eager_gradients
             waiting = 4 * heads.parameters + 4 * self.micro * heads.sites * heads.d_in

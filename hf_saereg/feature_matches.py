@@ -90,7 +90,7 @@ def chance_cosine(
 
     Args:
         first: latents of the first head.
-        second: of the second, of which only the number counts.
+        second: of the second; see `quality.random_directions`.
         directions: (d_sae, d_in) decoder rows of the first head, and of the second.
 
     Returns:

@@ -60,6 +60,9 @@ def score_model(
     Returns:
         `rows`, `compound`, `baselines` and `seconds` of all that is finished in the folder,
         JSON-serialisable.
+
+    Raises:
+        DivergedError: if a fresh head's weights are no longer finite; nothing of that is kept.
     """
     model = model.eval()
     kept = _Kept(folder, is_main=accelerator is None or accelerator.is_main_process)
@@ -74,7 +77,9 @@ def score_model(
         kept.keep_baselines(base)
     if model.heads and kept.is_main and not kept.is_finished(COTRAINED):
         scores = fidelity(model, model.heads, batches, base)
-        kept.finish(COTRAINED, *_rows(_labels_of_own(name, model), scores, None))
+        rows, compound = _rows({"model": name, **labels_of_own(model)}, scores, None)
+        rows = [row | {"sparsity": model.heads[row["site"]].config.sparsity} for row in rows]
+        kept.finish(COTRAINED, rows, compound)
     kept.lap("fidelity")
     if unfinished:
         shared = SharedTraining.of(model, blocks["train"], sweep.schedule, sweep.seed)
@@ -103,6 +108,18 @@ def fidelity_batches(blocks: Dataset, n_blocks: int, config: GPT2Config) -> list
     at_once = LOGITS_AT_ONCE // (config.vocab_size * len(rows[0]["input_ids"]))
     size = max(1, min(FIDELITY_BATCH_SIZE, at_once))
     return [collate_blocks(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def labels_of_own(model: SAERegGPT2LMHeadModel) -> dict[str, Any]:
+    """Family, source, sparsity and size of a model's own heads; what differs by site is joined."""
+    configs = model.heads.configs
+    return {
+        "family": configs[0].architecture,
+        "source": COTRAINED,
+        "sparsity": _in_common([own.sparsity for own in configs]),
+        "d_sae": _in_common([own.d_sae for own in configs]),
+        "seed": None,  # theirs is the model's, which its files do not tell
+    }
 
 
 class _Kept:
@@ -179,6 +196,7 @@ def _train(
     def keep(step: int) -> None:
         if step % sweep.save_steps == 0 or step == sweep.schedule.steps:
             for training in trainings:
+                training.check_finite()
                 save_state(training, kept.state_file(training.cell.name))
             kept.lap("fresh")
 
@@ -196,20 +214,8 @@ def _labels(name: str, cell: Cell) -> dict[str, Any]:
     return labels | {"sparsity": cell.sparsity, **sizes, "seed": cell.seed}
 
 
-def _labels_of_own(name: str, model: SAERegGPT2LMHeadModel) -> dict[str, Any]:
-    config = model.heads.configs[0]
-    return {
-        "model": name,
-        "family": config.architecture,
-        "source": COTRAINED,
-        "sparsity": config.k or config.target_l0 or config.sparsity_coefficient,
-        "d_sae": _in_common([own.d_sae for own in model.heads.configs]),
-        "seed": None,  # theirs is the model's, which its files do not tell
-    }
-
-
-def _in_common(sizes: Sequence[int]) -> int | str:
-    return sizes[0] if len(set(sizes)) == 1 else "-".join(map(str, sizes))
+def _in_common(values: Sequence[float]) -> float | str:
+    return values[0] if len(set(values)) == 1 else "-".join(f"{value:g}" for value in values)
 
 
 def _rows(

@@ -156,7 +156,7 @@ class Cell:
             )
         config = SAEHeadConfig(self.architecture, hook_name, d_in, d_sae, **options)
         with torch.device("meta"):
-            make_head(config)
+            make_head(config).saelens_options()  # or it would be trained and could not be saved
         return config
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_saereg.errors import UserError
 from hf_saereg.fidelity import Batch
+from hf_saereg.fresh import COTRAINED, labels_of_own
 from hf_saereg.heads import SAEHead
 from hf_saereg.heads.folder import load_head
 from hf_saereg.heads.tokens import tokens_read
@@ -38,7 +39,7 @@ from hf_saereg.quality import (
 
 QUALITY_FILE = "quality.json"
 LABELS = ("family", "source", "sparsity", "d_sae", "seed")
-FRESH, COTRAINED = "fresh", "cotrained"
+FRESH = "fresh"
 
 
 class HeadSet(NamedTuple):
@@ -97,18 +98,7 @@ def kept_sets(folder: Path) -> list[HeadSet]:
 
 def own_set(model: SAERegGPT2LMHeadModel) -> list[HeadSet]:
     """The model's own heads, or nothing."""
-    if not model.heads:
-        return []
-    config = model.heads.configs[0]
-    sparsity = config.k or config.target_l0 or config.sparsity_coefficient
-    sizes = sorted({own.d_sae for own in model.heads.configs})
-    d_sae = sizes[0] if len(sizes) == 1 else "-".join(map(str, sizes))
-    return [
-        HeadSet(
-            dict(zip(LABELS, (config.architecture, COTRAINED, sparsity, d_sae, None), strict=True)),
-            None,
-        )
-    ]
+    return [HeadSet(labels_of_own(model), None)] if model.heads else []
 
 
 def members_of_text(
@@ -164,6 +154,8 @@ def measure_model(
                 if head is None:
                     continue
                 labels = own.labels | {"site": hook_name, "d_sae": head.config.d_sae}
+                if own.folder is None:
+                    labels["sparsity"] = head.config.sparsity
                 counts = _count(head, activations, masks, members)
                 rows["heads"].append({"model": name, **labels, **_figures(counts)})
                 living = head.W_dec.detach().cpu()[counts.fired > 0]  # (living, d_in)

@@ -106,7 +106,7 @@ def check_publishable(folder: Path, token: str | None = None) -> None:
 
     Raises:
         PublishingError: if there is no model or adapter, a file is damaged, weights are not finite,
-            or a text holds a token or a path of this machine.
+            a text holds a token or a path of this machine, or an adapter's base is a folder here.
     """
     if not folder.is_dir():
         raise PublishingError(
@@ -125,6 +125,25 @@ def check_publishable(folder: Path, token: str | None = None) -> None:
             f"{folder} has no weights in safetensors{never}; save the model there first."
         )
     check_files(folder, names, token)
+    if ADAPTER_CONFIG in names:
+        check_base(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+
+
+def check_base(name: str | None) -> None:
+    """Check that others can load what an adapter is made for.
+
+    Args:
+        name: of the base, as the adapter's configuration has it.
+
+    Raises:
+        PublishingError: if it is a folder of this machine.
+    """
+    if name and Path(name).exists():
+        raise PublishingError(
+            f"The base of the adapter is {name!r}, a folder of this machine, which others would "
+            "take for a repository of that name: push the base first, and adapt it under its name "
+            "on the Hub."
+        )
 
 
 def check_files(folder: Path, names: Iterable[str], token: str | None = None) -> None:

@@ -54,11 +54,23 @@ def start_accelerator(use_cpu: bool = False) -> Accelerator:
     cpu = use_cpu or not torch.accelerator.is_available()
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
-    launched = launched_processes()
-    if accelerator.num_processes != launched:
-        raise ProcessesError(
-            f"{launched} processes were launched, but this one is joined to "
-            f"{accelerator.num_processes}; launch them with recipes/accelerate/cpu_2.yaml, or add "
-            "--use_cpu true on a machine whose GPUs are not to be used."
-        )
+    check_joined(accelerator.num_processes)
     return accelerator
+
+
+def check_joined(processes: int) -> None:
+    """Check that all that were launched are joined: otherwise each would do the work of all.
+
+    Args:
+        processes: that this one is joined to, itself among them.
+
+    Raises:
+        ProcessesError: if they are not.
+    """
+    launched = launched_processes()
+    if processes != launched:
+        raise ProcessesError(
+            f"{launched} processes were launched, but this one is joined to {processes}; launch "
+            "them with recipes/accelerate/cpu_2.yaml, or add --use_cpu true on a machine whose "
+            "GPUs are not to be used."
+        )

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_saereg.cards import publish, write_card
 from hf_saereg.errors import UserError
 from hf_saereg.hub import PushArguments, make_repository
-from hf_saereg.layout import published_files
+from hf_saereg.layout import check_base, published_files
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,24 @@ def changed_options(arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
+def publish_finished(arguments: TrainingArguments) -> None:
+    """Publish what a run left when it ended, if its options say so by now.
+
+    Args:
+        arguments: of the run.
+
+    Raises:
+        PublishingError: if its folder holds what may not be published.
+        HubError: if the Hub cannot be reached or refuses.
+    """
+    if arguments.push_to_hub and arguments.should_save:
+        publish(arguments.output_dir, _repository(arguments), push_arguments(arguments))
+
+
+def _repository(arguments: TrainingArguments) -> str:
+    return arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+
+
 class PublishingTrainer(Trainer):
     """Overrides every way in which `Trainer` pushes to the Hub."""
 
@@ -93,10 +111,13 @@ class PublishingTrainer(Trainer):
 
         Raises:
             HubError: if the Hub cannot be reached or refuses.
+            PublishingError: if the model is an adapter on a base that nobody else has.
         """
         if not self.is_world_process_zero():
             return
-        repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if getattr(self.model, "has_adapters", False):
+            check_base(self.model.name_or_path)
+        repo = _repository(self.args)
         arguments = push_arguments(self.args, token=token, private=private)
         self.hub_model_id = make_repository(repo, arguments)
 

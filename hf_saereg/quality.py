@@ -84,11 +84,14 @@ class CoOccurrence(NamedTuple):
 
     Attributes:
         excess: share of all joint firings that is beyond what the products let expect.
+        chance: what that share would be of latents with the same rates that fire independently:
+            rare pairs meet more often than expected by luck.
         lifted: share of the pairs that fire together more than twice as often as that, among those
             for which at least five joint tokens were to be expected.
     """
 
     excess: float
+    chance: float
     lifted: float
 
 
@@ -119,14 +122,31 @@ def chance_consistency(first: Tensor, second: Tensor) -> Consistency:
 
     Args:
         first: (latents, d_in) decoder rows of living latents.
-        second: (latents, d_in) of which only the shape counts.
+        second: (latents, d_in) likewise; see `random_directions`.
 
     Raises:
         QualityError: if one has none.
         ImportError: if scipy is not installed.
     """
-    generator = torch.Generator().manual_seed(0)
-    return consistency(first, torch.randn(second.shape, generator=generator).to(first))
+    return consistency(first, random_directions(second))
+
+
+def random_directions(like: Tensor, seed: int = 0) -> Tensor:
+    """As many Gaussian directions, with the second moments of the unit directions given.
+
+    Where these lie in few dimensions, so do the random ones: by chance alone they are then nearer
+    to each other than isotropic ones would be.
+
+    Args:
+        like: (latents, d_in).
+        seed: of the draw.
+    """
+    units = _unit_rows(like.double())
+    moments, vectors = torch.linalg.eigh(units.T @ units / len(units))
+    root = vectors * moments.clamp(min=0).sqrt()  # (d_in, d_in)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    return (drawn.to(root.device) @ root.T).to(like)
 
 
 def composition(narrow: Tensor, wide: Tensor, parts: int, seed: int = 0) -> Composition:
@@ -146,8 +166,7 @@ def composition(narrow: Tensor, wide: Tensor, parts: int, seed: int = 0) -> Comp
             f"{parts} directions cannot be chosen from {wide.shape[0]} in {wide.shape[1]} "
             "dimensions; ask for at least one, and no more than there are."
         )
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(wide.shape, generator=generator).to(wide)
+    random = random_directions(wide, seed)
     return Composition(_pursued(narrow, wide, parts), _pursued(narrow, random, parts))
 
 
@@ -262,6 +281,7 @@ class FiringCounts:
         lifted = (joint > LIFT * expected)[likely].double()
         return CoOccurrence(
             ((joint - expected).clamp(min=0).sum() / joint.sum()).item(),
+            (_mean_surplus(expected).sum() / expected.sum()).item(),
             lifted.mean().item() if len(lifted) else 0.0,
         )
 
@@ -317,6 +337,13 @@ def _pursued(targets: Tensor, directions: Tensor, parts: int) -> Tensor:
 
 def _unit_rows(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def _mean_surplus(expected: Tensor) -> Tensor:
+    """Mean of max(0, J − e) of a Poisson count J of mean e: e^(⌊e⌋ + 1) exp(−e) / ⌊e⌋!."""
+    whole = expected.floor()
+    log = (whole + 1) * expected.clamp(min=1e-300).log() - expected - torch.lgamma(whole + 1)
+    return log.exp()
 
 
 def _where(text: str, is_member: Callable[[str], bool]) -> Tensor:

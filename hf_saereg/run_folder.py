@@ -48,13 +48,16 @@ def write_json(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
-def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> None:
+def check_run_folder(
+    folder: Path, options: dict[str, Any], resume: bool, may_differ: frozenset[str] = frozenset()
+) -> None:
     """Check that a folder is free for a run, or is this run's own. Writes nothing.
 
     Args:
         folder: need not exist.
         options: resolved options, JSON-serialisable.
         resume: whether a folder of the same run may be continued.
+        may_differ: options beside `CONTINUATION_OPTIONS` in which that run may differ.
 
     Raises:
         RunFolderError: if it holds another run, this one without `resume`, or other files, or its
@@ -71,7 +74,8 @@ def check_run_folder(folder: Path, options: dict[str, Any], resume: bool) -> Non
     options = json.loads(json.dumps(options))
     # an option of a later version that is off changes nothing
     added = {name for name in options.keys() - before.keys() if not options[name]}
-    for name in sorted((before.keys() | options.keys()) - CONTINUATION_OPTIONS - added):
+    free = CONTINUATION_OPTIONS | may_differ | added
+    for name in sorted((before.keys() | options.keys()) - free):
         if before.get(name) != options.get(name):
             raise RunFolderError(
                 f"{folder} holds another run ({name} was {before.get(name)!r}, now "

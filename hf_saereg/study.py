@@ -77,6 +77,11 @@ class Study:
                 f"A variant in {path} is called {wrong[0]!r}, but its name is to be a folder's; "
                 "leave out the slash."
             )
+        if not isinstance(content["base"], str):
+            raise StudyError(
+                f"base in {path} is {content['base']!r}; name a recipe's configuration, such as "
+                "character_study.yaml."
+            )
         study = cls(path, path.parent / content["base"], seeds, variants)
         study._check_controls()
         return study
@@ -126,6 +131,11 @@ class Study:
         ]
 
     def _check_controls(self) -> None:
+        if self.model_of(self.baseline) == UNTRAINED:
+            raise StudyError(
+                f"The first variant of {self.path}, {self.baseline!r}, is untrained, but the "
+                "others are compared with it in time and CE; put a trained one first."
+            )
         for variant, options in self.variants.items():
             if self.model_of(variant) not in MODELS:
                 raise StudyError(

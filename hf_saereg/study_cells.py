@@ -1,5 +1,6 @@
 """The cells of a study: trained, scored, kept; what is finished is never run again.
 
+    DIR/VARIANT/seed_N/run.json           its options, versions, commit
     DIR/VARIANT/seed_N/cell.json          figures and scores, written last
     DIR/VARIANT/seed_N/budget.json        steps of a control that trains as long as another variant
     DIR/VARIANT/seed_N/transplanted.json  its co-trained heads on the baseline of the same seed
@@ -7,6 +8,7 @@
 Notable:
 - several processes may share a study: each takes the cells of its shard
 - a control's steps are written down before it trains, so that a resumed training has the same
+- a finished cell is used only if `run.json` has the options that the study's file gives it now
 """
 
 import json
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hf_saereg.character import CharacterJob
+from hf_saereg.character import OPTION_CLASSES, CharacterJob
 from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.fresh import fidelity_batches, score_model
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
-from hf_saereg.options import as_words
-from hf_saereg.run_folder import write_json
+from hf_saereg.options import as_record, as_words, parse_options
+from hf_saereg.run_folder import RUN_FILE, check_run_folder, write_json
 from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study, StudyError
 
 CELL_FILE = "cell.json"
@@ -60,15 +62,8 @@ class StudyCell:
         Raises:
             UserError: if the options cannot be used, or the folder holds another run.
         """
-        own, options = cell_folder(folder, variant, seed), dict(study.variants[variant])
-        options.pop("model", None)
-        options.pop(TRAIN_SECONDS_OF, None)
-        budget = _budget(study, variant, seed, folder)
-        if budget is not None:
-            options["max_steps"] = budget["max_steps"]
-        words = ["--config", str(study.base), *as_words(options)]
-        words += ["--seed", str(seed), "--output_dir", str(own), "--resume_from_checkpoint", "true"]
-        job = CharacterJob.from_options(words)
+        own, budget = cell_folder(folder, variant, seed), _budget(study, variant, seed, folder)
+        job = CharacterJob.from_options(_words(study, variant, seed, own, budget))
         if job.arguments.push_to_hub:
             raise StudyError("A study publishes nothing; push the folder of a finished model.")
         if budget is not None:  # after the folder was found free, before anything is trained
@@ -86,6 +81,44 @@ class StudyCell:
         write_json(
             self.folder / CELL_FILE, content | ({"budget": self.budget} if self.budget else {})
         )
+
+
+def _words(
+    study: Study, variant: str, seed: int, own: Path, budget: dict[str, Any] | None
+) -> list[str]:
+    """Command line of a cell's trainings."""
+    options = dict(study.variants[variant])
+    options.pop("model", None)
+    options.pop(TRAIN_SECONDS_OF, None)
+    if budget is not None:
+        options["max_steps"] = budget["max_steps"]
+    words = ["--config", str(study.base), *as_words(options), "--seed", str(seed)]
+    return [*words, "--output_dir", str(own), "--resume_from_checkpoint", "true"]
+
+
+def check_finished(study: Study, variant: str, seed: int, folder: Path) -> bool:
+    """Check that a finished cell was made with the options that the study gives it now.
+
+    Args:
+        study: what it is a cell of.
+        variant: its name.
+        seed: of everything in it.
+        folder: of the study, which may have been moved since.
+
+    Returns:
+        Whether it could be checked: it cannot where its `run.json` is gone.
+
+    Raises:
+        RunFolderError: if an option was another one.
+    """
+    own = cell_folder(folder, variant, seed)
+    if not (own / RUN_FILE).is_file():
+        return False
+    budget = json.loads((own / CELL_FILE).read_text()).get("budget")
+    words = _words(study, variant, seed, own, budget)
+    options = as_record(parse_options(*OPTION_CLASSES, arguments=words))
+    check_run_folder(own, options, resume=True, may_differ=frozenset({"output_dir"}))
+    return True
 
 
 def is_ready(study: Study, variant: str, seed: int, folder: Path) -> bool:

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from tqdm.auto import tqdm
 
 from hf_saereg.corpora import collate_blocks
+from hf_saereg.errors import UserError
 from hf_saereg.grid import Cell, Schedule
 from hf_saereg.heads import HeadConfigError, make_head
 from hf_saereg.heads.bank import HeadBank
@@ -34,6 +35,10 @@ from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 SCALING_BATCHES = 8
+
+
+class DivergedError(UserError):
+    """A fresh head's weights became NaN or infinite; the message names it."""
 
 
 @dataclass
@@ -108,6 +113,21 @@ class CellTraining:
         for track in (self.whole, self.half):
             if track is not None and track.step == step < track.length:
                 track.train(activations, schedule.learning_rate_at(step, track.length))
+
+    def check_finite(self) -> None:
+        """Check the weights.
+
+        Raises:
+            DivergedError: if any became NaN or infinite.
+        """
+        for track in (self.whole, self.half):
+            for head in track.bank if track is not None else ():
+                if not all(parameter.isfinite().all() for parameter in head.parameters()):
+                    raise DivergedError(
+                        f"By step {track.step} the fresh SAE {self.cell.name} at "
+                        f"{head.config.hook_name} has weights that are not finite; lower the "
+                        "learning rate of fresh SAEs, and begin in another folder."
+                    )
 
 
 class FreshHeads(NamedTuple):

@@ -4,8 +4,9 @@ Notable:
 - under gradient accumulation and data parallelism each micro-batch's term weighs as its share of
   the tokens, as CE does: what is a mean over tokens matches one large batch exactly, and the ratio
   R / ‖X‖ of the published term is taken per micro-batch and process
-- the evaluation loss is plain CE; `eval_objective` is CE + term, for those who select by it; with
-  `eval_fidelity` the heads are scored spliced into the model, too
+- the evaluation loss is plain CE; `eval_objective` is CE + term, or with frozen heads the spliced
+  CE or KL that adapters are trained on, for those who select by it; with `eval_fidelity` the heads
+  are scored spliced into the model, too
 - weight decay touches language-model tensors of two or more dimensions, nothing of the heads
 - without heads ‖x‖ a site is read on the steps that are logged, as heads tell it on every step
 - frozen heads are not regularized with: their reconstructions take the place of the activations
@@ -14,6 +15,7 @@ Notable:
   measure it; the base is the model as it was given, without adapters
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +40,7 @@ from hf_saereg.upkeep import HeadUpkeep
 
 
 class NonFiniteLossError(UserError):
-    """CE or the term became NaN or infinite; the message names the step and the site."""
+    """CE, the term or the gradient became NaN or infinite; the message names the step."""
 
 
 class SAERegTrainer(RecordingTrainer):
@@ -58,9 +60,7 @@ class SAERegTrainer(RecordingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.ddp_find_unused_parameters is None:
-            # heads that a step leaves out get no gradient; otherwise every parameter does
-            self.args.ddp_find_unused_parameters = self.model.term.sites_per_step is not None
+        self._check_sharding()
         if has_length(self.train_dataset):
             self.args.check_train_rows(len(self.train_dataset))
         self._tokens_in_batch: Tensor | None = None
@@ -68,11 +68,12 @@ class SAERegTrainer(RecordingTrainer):
         self._norm_meter = NormMeter()
         # of the steps since the last log: CE and, weighted or not, KL(base ‖ model)
         self._step_sums, self._steps = torch.zeros(2, device=self.args.device), 0
-        # over predicted tokens: CE, their number, CE of the base, KL(base ‖ model)
-        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        # over predicted tokens: CE, their number, CE of the base, KL(base ‖ model), spliced loss
+        self._eval_sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         check_savable(self.model.heads)
         self._splices = self._new_splices()
         self._check_anchor()
+        self._check_frozen()
         self._ce_weight, self._kl_weight = 1.0, self.args.anchor_weight
         if self._splices and self.model.term.splice_loss == "kl":
             self._ce_weight, self._kl_weight = 0.0, 1.0
@@ -92,6 +93,28 @@ class SAERegTrainer(RecordingTrainer):
             if self.pop_callback(theirs):
                 self.add_callback(ours())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer` does, with a DDP that waits for no head which a step leaves out."""
+        if self.args.ddp_find_unused_parameters is None and self.model.term.sites_per_step:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
+
+    def _check_sharding(self) -> None:
+        """Refuse what reads the model past the outermost group of its shards."""
+        if not self.is_fsdp_enabled:
+            return
+        unable = {
+            "eval_fidelity true": self.args.eval_fidelity,
+            f"b_dec_init {self.args.b_dec_init}": self.args.b_dec_init != "zero",
+            f"resample_every {self.args.resample_every}": self.args.resample_every > 0,
+        }
+        for option, is_on in unable.items():
+            if is_on:
+                raise UserError(
+                    f"{option} does not work where FSDP shards the model; leave it out, or launch "
+                    "with recipes/accelerate/multi_gpu.yaml."
+                )
+
     def _new_splices(self) -> dict[str, Splice]:
         """The heads in the place of their sites, where they are frozen."""
         heads = self.model.heads if self.model.heads.frozen else []
@@ -109,6 +132,20 @@ class SAERegTrainer(RecordingTrainer):
             raise UserError(
                 "anchor_weight holds the language model, which is frozen here; leave it out."
             )
+
+    def _check_frozen(self) -> None:
+        """Refuse what is done to heads that are trained, where they are not."""
+        asked = {
+            "heads_learning_rate": self.args.heads_learning_rate is not None,
+            "b_dec_init": self.args.b_dec_init != "zero",
+            "resample_every": self.args.resample_every > 0,
+        }
+        for option, is_on in asked.items():
+            if is_on and self._splices:
+                raise UserError(
+                    f"{option} is {getattr(self.args, option)}, but the heads are frozen; leave it "
+                    "out."
+                )
 
     # ---- loss ----
 
@@ -216,33 +253,55 @@ class SAERegTrainer(RecordingTrainer):
     def _count_real_rows(
         self, model: nn.Module, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]
     ) -> None:
-        rows = len(inputs["labels"])
-        real = self._real_rows(rows)
-        if 0 < real < rows:
-            inputs = {name: tensor[:real] for name, tensor in inputs.items()}
-            output = model(**inputs)
-            ce = output.loss
-        if real > 0:
-            self._count_evaluation(ce, output, inputs)
+        """Leave out the rows that are there only to give every process equally many.
 
-    def _real_rows(self, rows: int) -> int:
-        """How many of a batch are not there only to give every process equally many."""
+        A model that is sharded runs on all processes or on none: so do all forward passes here.
+        """
         last = self.accelerator.gradient_state
         if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
-            return rows
-        return min(max(last.remainder - self.args.process_index * rows, 0), rows)
+            self._count_evaluation(model, ce, output, inputs)
+            return
+        rows = len(inputs["labels"])
+        real = min(max(last.remainder - self.args.process_index * rows, 0), rows)
+        inputs = {name: tensor[: max(real, 1)] for name, tensor in inputs.items()}
+        output = model(**inputs)
+        self._count_evaluation(model, output.loss, output, inputs, has_rows=real > 0)
 
-    def _count_evaluation(self, ce: Tensor, output: SAERegOutput, inputs: dict[str, Any]) -> None:
+    def _count_evaluation(
+        self,
+        model: nn.Module,
+        ce: Tensor,
+        output: SAERegOutput,
+        inputs: dict[str, Any],
+        has_rows: bool = True,
+    ) -> None:
         labels = inputs["labels"]
-        predicted = (labels[:, 1:] != -100).sum()
-        base_ce = kl = torch.zeros_like(ce)
+        predicted = (labels[:, 1:] != -100).sum() * has_rows
+        base_ce = kl = spliced = torch.zeros_like(ce)
+        base = None
         if self.reference is not None:
             base = self._reference_logits(inputs)
             base_ce = self.model.loss_function(base, labels, self.model.config.vocab_size)
             kl = kl_of_predictions(base, output.logits, labels)
-        self._eval_sums += torch.stack([ce.detach(), torch.ones_like(ce), base_ce, kl]) * predicted
-        if output.term is not None:
+        if self._splices:
+            spliced = self._spliced_loss(model, inputs, base)
+        means = torch.stack([ce.detach(), torch.ones_like(ce), base_ce, kl, spliced])
+        self._eval_sums += means * predicted
+        if output.term is not None and has_rows:
             self._eval_meter.update(output.sites)
+
+    def _spliced_loss(
+        self, model: nn.Module, inputs: dict[str, Any], base: Tensor | None
+    ) -> Tensor:
+        """CE or KL with the frozen heads in place, as adapters are trained on, in evaluation."""
+        splices, mask = self._new_splices(), self.model.token_mask(inputs)
+        for splice in splices.values():
+            splice.mask = mask
+        with self.model.at_sites(splices):
+            output = model(**inputs, compute_term=False)
+        if self._ce_weight:
+            return output.loss
+        return kl_of_predictions(base, output.logits, inputs["labels"])
 
     def _term_inputs(self) -> dict[str, int]:
         """What the random choices of a micro-batch depend on: a resumed run makes them again."""
@@ -265,6 +324,23 @@ class SAERegTrainer(RecordingTrainer):
             f"At step {step} {' and '.join(broken)}; start anew in another output_dir, "
             "with a lower learning rate or weight of the term."
         )
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float:
+        """As `Trainer` does, and stop before a step that would break the weights.
+
+        Raises:
+            NonFiniteLossError: if it is NaN or infinite, where no loss scale makes up for that.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"At step {self.state.global_step + 1} the norm of the gradient is {float(norm)}; "
+                "start anew in another output_dir, with a lower learning rate or weight of the "
+                "term."
+            )
+        return norm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Language-model tensors of two or more dimensions."""
@@ -335,7 +411,7 @@ class SAERegTrainer(RecordingTrainer):
         figures = self._eval_meter.read(self.accelerator)
         if self.args.eval_fidelity and self.model.heads:
             figures |= self._fidelity(dataloader)
-        ce, predicted, base_ce, kl = self.accelerator.reduce(self._eval_sums).tolist()
+        ce, predicted, base_ce, kl, spliced = self.accelerator.reduce(self._eval_sums).tolist()
         if predicted == 0:
             raise UserError(
                 "The evaluation read no token that is predicted; give eval_dataset at least one "
@@ -345,6 +421,8 @@ class SAERegTrainer(RecordingTrainer):
         if self.reference is not None:
             figures |= {"base_loss": base_ce / predicted, "kl_to_base": kl / predicted}
         figures["objective"] = figures["loss"] + figures.get("term", 0.0)
+        if self._splices:
+            figures["objective"] = figures["spliced_loss"] = spliced / predicted
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
         return output
 

@@ -10,7 +10,14 @@ from hf_saereg import kernels
 from hf_saereg.cards import LICENSE
 from hf_saereg.errors import UserError
 from hf_saereg.heads.health import CENTRES
+from hf_saereg.processes import check_joined
 from hf_saereg.publishing import check_strategy
+
+_SPOILS = {
+    "save_only_model": "and a run that resumes without its optimizer is another run",
+    "bf16_full_eval": "which rounds the weights that are saved after an evaluation",
+    "fp16_full_eval": "which rounds the weights that are saved after an evaluation",
+}
 
 
 @dataclass
@@ -36,8 +43,9 @@ class SAERegArguments(TrainingArguments):
 
     Raises:
         UserError: if there is no such kernel, centre or place to report to, the kernel does not run
-            on the device, a number cannot be, labels are smoothed, or `hub_strategy` publishes
-            optimizer state.
+            on the device, a number cannot be, labels are smoothed, checkpoints would not resume,
+            processes are not joined, one has several GPUs, or `hub_strategy` publishes optimizer
+            state.
     """
 
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
@@ -120,8 +128,21 @@ class SAERegArguments(TrainingArguments):
                     f"report_to names {name!r}; choose from {', '.join(INTEGRATION_TO_CALLBACK)}, "
                     "or none."
                 )
+        self._check_processes()
+        for name in ("save_only_model", "bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise UserError(f"{name} is true, {_SPOILS[name]}; leave it out.")
         kernels.check(self.kernel, self.device)
         check_strategy(self.hub_strategy)
+
+    def _check_processes(self) -> None:
+        check_joined(self.world_size)
+        if self.n_gpu > 1:
+            raise UserError(
+                f"One process sees {self.n_gpu} GPUs, and would split each batch among them, which "
+                "the term is not made for; launch with recipes/accelerate/multi_gpu.yaml for one "
+                "process a GPU, or set CUDA_VISIBLE_DEVICES=0."
+            )
 
     def check_train_rows(self, rows: int) -> None:
         """Check that a training split has a batch to step on.

@@ -18,6 +18,7 @@ from hf_saereg.corpora import CorpusArguments, collate_blocks
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.finetuning import BaseModelArguments, blocks_for
 from hf_saereg.options import as_record, parse_options
+from hf_saereg.publishing import publish_finished
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
@@ -46,6 +47,7 @@ def main() -> None:
         blocks = blocks_for(model, corpus, tokenizer)
     if finished_figures(folder):
         print(f"{folder} holds this run, finished.")
+        publish_finished(arguments)
         return
     set_seed(arguments.seed)
     adapt(model, adaptation, heads.head_configs(model.config), term)

@@ -19,6 +19,7 @@ from hf_saereg.documents import load_documents
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import as_record, parse_options
+from hf_saereg.publishing import publish_finished
 from hf_saereg.run_folder import check_run_folder, finished_figures, write_run
 from hf_saereg.trainer import SAERegArguments, SAERegTrainer
 
@@ -52,6 +53,7 @@ def main() -> None:
         blocks = load_blocks(corpus, tokenizer)
     if finished_figures(folder):
         print(f"{folder} holds this run, finished.")
+        publish_finished(arguments)
         return
     set_seed(arguments.seed)
     trainer = SAERegTrainer(

@@ -31,6 +31,7 @@ from hf_saereg.heads.folder import HeadFolderError, load_head, save_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.resuming import last_complete_checkpoint
+from hf_saereg.splicing import Splice
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -190,6 +191,48 @@ def test_frozen_heads_stay_in_evaluation_mode_and_log_what_they_do(base, trained
     assert first[f"fvu/{SITES[1]}"] != second[f"fvu/{SITES[1]}"]  # every window starts anew
     assert evaluation["eval_compound_ce_increase"] != 0
     assert not model.heads[SITES[1]].tokens_since_fired.any()
+
+
+@pytest.mark.parametrize("splice_loss", ["ce", "kl"])
+def test_evaluation_measures_what_adapters_around_frozen_heads_learn(
+    base, trained_heads, tmp_path, splice_loss
+):
+    options = {"heads_from": str(trained_heads), "sites": SITES[1:]}
+    term = TermOptions(splice_loss=splice_loss)
+    model = adapted(base, "lora_frozen_heads", term=term, **options)
+    perturb(model)
+    args = arguments(tmp_path, per_device_eval_batch_size=5)
+    figures = trainer(model, args, eval_dataset=rows()).evaluate()
+    batch = collate(rows())
+    plain = GPT2LMHeadModel.from_pretrained(base, dtype=torch.float64).eval()
+    with torch.no_grad():
+        known = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        original = plain(**known).logits
+        mask = model.token_mask(batch)
+        with model.at_sites({site: Splice(model.heads[site], mask) for site in SITES[1:]}):
+            logits = model(**batch, compute_term=False).logits
+        whole = model(**batch, compute_term=False).logits
+    number = (batch["labels"][:, 1:] != -100).sum()
+    ce, kl = (
+        summed_ce(logits, batch["labels"]) / number,
+        kl_of_predictions(original, logits, batch["labels"]),
+    )
+    expected = (ce if splice_loss == "ce" else kl).item()
+    assert figures["eval_spliced_loss"] == pytest.approx(expected, rel=1e-9)
+    assert figures["eval_objective"] == figures["eval_spliced_loss"]
+    plain_ce = summed_ce(whole, batch["labels"]) / number
+    assert figures["eval_loss"] == pytest.approx(plain_ce.item(), rel=1e-9) != expected
+
+
+@pytest.mark.parametrize(
+    "option", [{"heads_learning_rate": 0.1}, {"b_dec_init": "mean"}, {"resample_every": 2}]
+)
+def test_options_of_heads_that_train_are_refused_where_they_are_frozen(
+    base, trained_heads, tmp_path, option
+):
+    model = adapted(base, "lora_frozen_heads", sites=SITES[1:2], heads_from=str(trained_heads))
+    with pytest.raises(UserError, match=f"{next(iter(option))} is .* heads are frozen; leave it"):
+        trainer(model, arguments(tmp_path, **option))
 
 
 # ---- anchor ----

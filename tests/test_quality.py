@@ -9,10 +9,12 @@ import torch
 from hf_saereg.quality import (
     FiringCounts,
     QualityError,
+    chance_consistency,
     character_classes,
     composition,
     consistency,
     count_firings,
+    random_directions,
 )
 
 # ---- consistency ----
@@ -192,6 +194,27 @@ def test_rare_pairs_are_not_called_lifted():
     latents = [[0.0, 0.0]] * 90 + [[1.0, 1.0]] * 10  # expected once in a hundred tokens
     found = counted([latents, latents], [[0] * 100, [0] * 100]).co_occurrence()
     assert found.lifted == 0 and found.excess == pytest.approx(0.9)
+
+
+def test_chance_is_what_independent_latents_of_these_rates_show():
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.tensor([0.001, 0.002, 0.01, 0.05, 0.1, 0.3] * 5)
+    latents = (torch.rand(4000, len(rates), generator=generator) < rates).float()
+    halves = [part.tolist() for part in latents.split(2000)]
+    found = counted(halves, [[0] * 2000, [0] * 2000]).co_occurrence()
+    assert found.chance == pytest.approx(found.excess, rel=0.15)
+    # P(J = 0), where the mean is below 1: the surplus of a rare pair is nearly its expectation
+    assert patterns("00", "01", "10", "11").chance < 0.1
+
+
+def test_random_directions_lie_where_the_given_ones_do():
+    generator = torch.Generator().manual_seed(2)
+    flat = torch.zeros(40, 16)
+    flat[:, :2] = torch.randn(40, 2, generator=generator)
+    drawn = random_directions(flat)
+    assert drawn.shape == flat.shape and drawn[:, 2:].abs().max() < 1e-6
+    round_ = torch.randn(40, 16, generator=generator)
+    assert chance_consistency(flat, flat).matched > chance_consistency(round_, round_).matched + 0.2
 
 
 def test_latents_that_never_meet_cannot_be_compared():

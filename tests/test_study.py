@@ -101,6 +101,23 @@ def test_only_the_variants_asked_for_are_run(study):
     main([*map(str, words)])  # which compares all that is finished
 
 
+def test_finished_cells_of_other_options_are_refused(study, tmp_path, capsys):
+    folder = tmp_path / "moved"
+    shutil.copytree(study[0], folder)
+    words = ["--study", str(folder / "study.yaml"), "--output_dir", str(folder / "out")]
+    main(words)  # elsewhere, and still the same
+    assert "cannot be checked" not in capsys.readouterr().out
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    content["variants"]["steered"]["reconstruction_weight"] = [2.0]
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=r"steered.*reconstruction_weight was .* now \[2\.0\]"):
+        main(words)
+    (folder / "out" / "steered" / "seed_0" / "run.json").unlink()
+    (folder / "out" / "steered" / "seed_1" / "run.json").unlink()
+    main(words)
+    assert "2 finished cells have no run.json beside them" in capsys.readouterr().out
+
+
 def test_a_pattern_that_no_variant_matches_is_refused(study):
     read = Study.read(study[0] / "study.yaml")
     assert read.cells_of(["as long", "plain"]) == [
@@ -182,6 +199,8 @@ def test_l0_of_a_cell_is_kept_while_its_log_is_there(study, tmp_path):
         ({"base": "b.yaml", "seeds": [], "variants": {"a": {}}}, "nothing to run"),
         ({"base": "b.yaml", "seeds": [0], "variants": {"../a": {}}}, "'../a'"),
         (["base"], "keys"),
+        ({"base": 3, "seeds": [0], "variants": {"a": {}}}, "base in"),
+        ({"base": "b.yaml", "seeds": [0], "variants": {"a": {"model": "untrained"}}}, "'a'"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused_in_one_sentence(tmp_path, content, culprit):

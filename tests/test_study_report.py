@@ -236,6 +236,38 @@ def test_a_gain_that_few_seeds_cannot_tell_from_the_controls_is_not_recommended(
     assert "“light” cannot be told from it" in found.controls["as long"]
 
 
+def test_a_control_that_trained_shorter_clears_nobody():
+    cells = study_of()
+    for own in cells:
+        if own["variant"] == "heavy":
+            own["figures"]["train_seconds"] = 20.0
+    found = recommend(MeasuredStudy.of(cells, "plain"), SETTINGS)
+    refusals = {gain.variant: gain.refusal for gain in found.gains}
+    assert refusals["heavy"] == "a gain for which no control trained as long"
+    assert refusals["light"] is None
+    assert "“heavy” is beyond it, but took longer to train" in found.controls["as long"]
+    longer = SETTINGS | {"longer": setting("none", "same time", "longer")}
+    for seed in SEEDS:
+        own = cell("longer", seed, 1.9 + seed, 0.4 + 0.1 * seed, trained=None)
+        own["figures"]["train_seconds"] = 19.0
+        cells.append(own)
+    found = recommend(MeasuredStudy.of(cells, "plain"), longer)
+    assert {gain.variant: gain.refusal for gain in found.gains}["heavy"] is None
+
+
+def test_a_gain_is_read_next_to_an_end_of_what_was_measured():
+    cells = [
+        cell(variant, seed, 2.0, increase, at={low: 2.0, 80.0: 0.5}, trained=None)
+        for variant, increase, low in [("plain", 0.4, 20.0), ("light", 0.2, 20.2)]
+        for seed in SEEDS
+    ] + [cell("heavy", seed, 2.0, 0.3, at={10.0: 2.0, 19.8: 0.5}, trained=None) for seed in SEEDS]
+    settings = {name: SETTINGS[name] for name in ("plain", "light", "heavy")}
+    study = MeasuredStudy.of(cells, "plain")
+    assert study.sum_l0["topk"] in (19.8, 20.0, 20.2)  # all three reach it, to 2 %
+    gains = {gain.variant: gain.gain for gain in recommend(study, settings).gains}
+    assert gains["light"].mean > 0 and gains["heavy"] is not None
+
+
 @pytest.mark.parametrize(
     "factors, said",
     [

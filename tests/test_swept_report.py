@@ -18,7 +18,16 @@ from test_report import make_results
 
 from hf_saereg import cli
 from hf_saereg.report.results import ReportError
-from hf_saereg.report.swept import Variant, compare, mean_curve, movement, read_runs, variants
+from hf_saereg.report.swept import (
+    Variant,
+    compare,
+    fresh,
+    mean_curve,
+    movement,
+    read_runs,
+    unlike,
+    variants,
+)
 from hf_saereg.report.swept_page import headline, write_swept_report
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
@@ -122,9 +131,37 @@ def test_models_without_a_shared_l0_are_not_compared(runs, tmp_path):
 def test_the_page_of_several_models_shows_them_side_by_side(page):
     text = text_of(page)
     assert "SAEs on model (a) and model (b)" in text
-    assert "topk, d_sae 64: 0.275 on model (a) and 0.100 on model (b) at Σ L0 57" in text
+    assert "topk, d_sae 64: 0.275 on model (a) (CE 2.000) and 0.100 on model (b)" in text
+    assert "(CE 2.000) at Σ L0 57" in text
     assert "0.350 (0.200) 0.100 (0.000)" in text
     assert "One seed" not in text and "Not settled" not in text
+
+
+def test_what_was_not_made_alike_is_said(tmp_path):
+    longer = make_sweep("longer")
+    longer["setup"] |= {"steps": 2000, "tokens_per_step": 512, "dataset": "text"}
+    longer["sites"] = [*SITES, "blocks.1.hook_resid_post"]
+    shorter = make_sweep("shorter")
+    shorter["setup"] |= {"steps": 200, "tokens_per_step": 512}
+    silent = make_sweep("silent")
+    runs = [save(tmp_path / str(i), run) for i, run in enumerate((longer, shorter, silent))]
+    assert unlike(read_runs(runs)) == {"steps": [("longer", 2000), ("shorter", 200)]}
+    text = text_of(write_swept_report(runs, tmp_path / "page"))
+    assert "Not made alike" in text and "steps 2000 (longer), 200 (shorter)" in text
+    assert "blocks.1.hook_resid_post" in text
+
+
+def test_sizes_that_differ_by_site_are_a_variant_of_their_own(tmp_path):
+    mixed, even = make_sweep("mixed"), make_sweep("even")
+    for own in mixed["compound"]:
+        own["d_sae"] = "64-128"
+    for own in mixed["rows"]:
+        own["d_sae"] = 64 if own["site"] == SITES[0] else 128
+    models = read_runs([save(tmp_path / "a", mixed), save(tmp_path / "b", even)])
+    both = variants(models)
+    assert [variant.d_sae for variant in both] == ["64-128", 64]
+    assert [len(fresh(model.sets, both[0])) for model in models] == [4, 0]
+    assert len(fresh(models[0].heads, both[0])) == 8
 
 
 def test_the_page_of_one_model_shows_that_model(runs, tmp_path):

@@ -36,7 +36,7 @@ from hf_saereg.heads import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.folder import TRAINING_FILE, HeadFolderError
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.resuming import SESSION_FILE, STATE_FILE, last_complete_checkpoint
-from hf_saereg.trainer import NonFiniteLossError
+from hf_saereg.trainer import NonFiniteLossError, SAERegArguments
 
 REPOSITORY = Path(__file__).parents[1]
 TWO_PROCESSES = REPOSITORY / "recipes" / "accelerate" / "cpu_2.yaml"
@@ -702,6 +702,42 @@ def test_no_pickle_lies_beside_the_weights(uninterrupted):
 def test_smoothed_labels_which_would_leave_the_term_out_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"label_smoothing_factor is 0\.1.*; leave it out"):
         arguments(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("option", ["save_only_model", "bf16_full_eval", "fp16_full_eval"])
+def test_options_that_would_spoil_what_is_saved_are_refused(tmp_path, option):
+    with pytest.raises(UserError, match=f"{option} is true, .*; leave it out"):
+        arguments(tmp_path, **{option: True})
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says, and nothing else
+    with pytest.raises(UserError, match="2 processes were launched, but this one is joined to 1"):
+        arguments(tmp_path)
+
+
+def test_one_process_with_several_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAERegArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(UserError, match=r"One process sees 2 GPUs.*multi_gpu\.yaml"):
+        arguments(tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_is_never_stepped_with(tmp_path):
+    model = tiny_model(upkept_heads())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = trainer(model, arguments(tmp_path, max_steps=1, max_grad_norm=0.0))
+    model.transformer.wte.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="At step 1 the norm of the gradient is nan"):
+        ours.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("sites_per_step, waits", [(None, False), (2, True)])
+def test_ddp_looks_for_unused_heads_where_a_step_leaves_some_out(tmp_path, sites_per_step, waits):
+    model = tiny_model(upkept_heads(), term=TermOptions(sites_per_step=sites_per_step))
+    ours = trainer(model, arguments(tmp_path, gradient_checkpointing=True))
+    assert ours.accelerator.ddp_handler.find_unused_parameters is waits
 
 
 def test_rows_that_are_no_batch_are_refused_where_it_would_be_dropped(tmp_path):

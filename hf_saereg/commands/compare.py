@@ -25,10 +25,11 @@ from hf_saereg.processes import refuse_several_processes
 from hf_saereg.report.layout import PAGE_MODULES, require_extra
 from hf_saereg.report.study_findings import find_in_study
 from hf_saereg.report.study_page import StudyFacts, write_study_page
-from hf_saereg.run_folder import write_json
+from hf_saereg.run_folder import RUN_FILE, write_json
 from hf_saereg.study import Study, shard_of
 from hf_saereg.study_cells import (
     StudyCell,
+    check_finished,
     finished_cells,
     is_finished,
     is_ready,
@@ -82,7 +83,15 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
-    left = [cell for cell in cells if not is_finished(folder, *cell)]
+    finished = [cell for cell in study.cells() if is_finished(folder, *cell)]
+    unchecked = [cell for cell in finished if not check_finished(study, *cell, folder)]
+    if unchecked:
+        print(
+            f"{len(unchecked)} finished cells have no {RUN_FILE} beside them, as "
+            f"{unchecked[0][0]!r} at seed {unchecked[0][1]}: that they were made with the options "
+            "of this study cannot be checked."
+        )
+    left = [cell for cell in cells if cell not in finished]
     ready = [cell for cell in left if is_ready(study, *cell, folder)]
     prepared = [StudyCell.prepare(study, *cell, folder) for cell in ready]
     for cell in prepared:  # all were prepared first: the last mistake shows before any training

@@ -118,6 +118,11 @@ class SAEHeadConfig(SkipOptions):
     normalization: str = "published"  # how the head reads its site, and how its error is scaled
     reconstruction_weight: float = 1.0  # λ, weight of R + A in the regularization term
 
+    @property
+    def sparsity(self) -> float:
+        """What makes it sparse: k, or else the L0 it is steered to, or else c."""
+        return self.k or self.target_l0 or self.sparsity_coefficient
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("d_in", "d_sae", "dead_after_tokens"):

@@ -65,6 +65,7 @@ class CoOccurrenceResult:
     """Latents firing together beyond chance."""
 
     excess: float
+    chance: float
     lifted: float
 
 
@@ -243,8 +244,13 @@ def measures(models: Sequence[MeasuredModel]) -> dict[str, Measure]:
             lambda row, number=number: _nth(row.explained, number),
             lambda row, number=number: _nth(row.chance, number),
         )
-    found["excess"] = Measure("joint firings beyond chance", "heads", lambda row: _of_pairs(row, 0))
-    found["lifted"] = Measure("pairs lifted twofold", "heads", lambda row: _of_pairs(row, 1))
+    found["excess"] = Measure(
+        "joint firings beyond their rates",
+        "heads",
+        lambda row: _of_pairs(row, "excess"),
+        lambda row: _of_pairs(row, "chance"),
+    )
+    found["lifted"] = Measure("pairs lifted twofold", "heads", lambda row: _of_pairs(row, "lifted"))
     classes = dict.fromkeys(c for own in models for row in own.run.heads for c in row.probes)
     for name in classes:
         found[f"f1_{name}"] = Measure(
@@ -303,7 +309,7 @@ def as_text(models: Sequence[MeasuredModel]) -> str:
         for name, measure in wanted.items():
             value, chance = line.values[name], line.chance[name]
             if value is not None:
-                beside = "" if chance is None else f" (random directions: {chance:.3f})"
+                beside = "" if chance is None else f" (by chance: {chance:.3f})"
                 text.append(f"  {measure.title:<32} {value:.3f}{beside}")
     return "\n".join(text)
 
@@ -323,6 +329,5 @@ def _nth(shares: Sequence[float], number: int) -> float | None:
     return shares[number - 1] if len(shares) >= number else None
 
 
-def _of_pairs(row: MeasuredHead, place: int) -> float | None:
-    pairs = row.co_occurrence
-    return None if pairs is None else (pairs.excess, pairs.lifted)[place]
+def _of_pairs(row: MeasuredHead, name: str) -> float | None:
+    return None if row.co_occurrence is None else getattr(row.co_occurrence, name)

@@ -90,7 +90,7 @@ def quality_section(folders: Sequence[Path]) -> QualitySection | None:
         list(dict.fromkeys(own.run.setup.command for own in models)),
         Caption(
             "What the latents of fresh SAEs stand for, site by site",
-            "Thin lines: as many random directions in place of the SAE compared with.",
+            "Thin lines: by chance, as explained below.",
             _description(models),
         ),
     )

@@ -27,6 +27,7 @@ class MeasuredStudy:
     Attributes:
         baseline: the variant that the others are compared with.
         eval_ce: validation CE by variant and seed, in nats a token.
+        train_seconds: of the model's training, by variant and seed.
         compound: curves over Σ L0 by fresh family, variant and seed.
         sites: curves over L0 by fresh family, site, variant and seed.
         movements: by fresh family, how far every SAE's CE increase moved over the second half of
@@ -37,6 +38,7 @@ class MeasuredStudy:
 
     baseline: str
     eval_ce: dict[str, dict[int, float]]
+    train_seconds: dict[str, dict[int, float]]
     compound: dict[str, dict[str, BySeed]]
     sites: dict[str, dict[str, dict[str, BySeed]]]
     movements: dict[str, list[float]]
@@ -54,12 +56,14 @@ class MeasuredStudy:
         seeds = {cell["seed"] for cell in cells if cell["variant"] == baseline}
         cells = [cell for cell in cells if cell["seed"] in seeds]
         eval_ce: dict[str, dict[int, float]] = {}
+        train_seconds: dict[str, dict[int, float]] = {}
         compound: dict[str, dict[str, BySeed]] = {}
         sites: dict[str, dict[str, dict[str, BySeed]]] = {}
         movements: dict[str, list[float]] = {}
         for cell in cells:
             variant, seed = cell["variant"], cell["seed"]
             eval_ce.setdefault(variant, {})[seed] = cell["figures"]["eval_ce"]
+            train_seconds.setdefault(variant, {})[seed] = cell["figures"]["train_seconds"]
         for label, (family, size) in _families(cells).items():
             for cell in cells:
                 variant, seed = cell["variant"], cell["seed"]
@@ -76,7 +80,7 @@ class MeasuredStudy:
                     by_site.setdefault(variant, {})[seed] = curve
         wanted = _trained_sum_l0(cells)
         sum_l0 = {label: stated_l0(own, baseline, wanted) for label, own in compound.items()}
-        return cls(baseline, eval_ce, compound, sites, movements, sum_l0)
+        return cls(baseline, eval_ce, train_seconds, compound, sites, movements, sum_l0)
 
     @property
     def variants(self) -> list[str]:
@@ -91,6 +95,12 @@ class MeasuredStudy:
         """Validation CE minus the baseline's, by seed."""
         first = self.eval_ce[self.baseline]
         return {seed: ce - first[seed] for seed, ce in self.eval_ce.get(variant, {}).items()}
+
+    def time_ratio(self, variant: str, other: str) -> float | None:
+        """Training time of a variant over another's, mean of their common seeds; None without."""
+        ours, theirs = self.train_seconds[variant], self.train_seconds[other]
+        ratios = [ours[seed] / theirs[seed] for seed in ours if theirs.get(seed)]
+        return statistics.fmean(ratios) if ratios else None
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,9 @@ def _families(cells: Sequence[Cell]) -> dict[str, tuple[str, int | str]]:
 
 
 def _is(row: Mapping[str, Any], family: str, size: int | str) -> bool:
-    # where the sizes of sites differ, a single head's size does not tell
-    fits = isinstance(size, str) or row["d_sae"] == size
+    fits = row["d_sae"] == size
+    if "site" in row and isinstance(size, str):
+        fits = str(row["d_sae"]) in size.split("-")  # a head has the size of its own site
     return row["source"] == FRESH and row["family"] == family and fits
 
 

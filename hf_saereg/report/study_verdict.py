@@ -7,6 +7,8 @@ Notable:
 - a control has a gain too where it is no dearer than the variant, the variant's gain is not above
   the control's by an interval that excludes zero, and the control's is no smaller or above zero
   itself; such a gain is called none
+- a plain model that trained shorter than a variant does not clear it of having trained longer: that
+  takes one that trained for at least `LONG_ENOUGH` of its time
 - an untrained model has next to nothing to lose, so that its CE increase is small: the price in CE
   is what tells it from a gain
 """
@@ -21,6 +23,7 @@ from hf_saereg.report.findings import EQUAL_GAP, SUM_L0, l0_text, listed, signed
 from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0
 from hf_saereg.report.study_statistics import Interval
 
+LONG_ENOUGH = 0.8  # of a variant's training time, which a shared machine tells no better
 RULE = (
     "Gain: minus ln(variant / plain) of the compound CE increase of fresh SAEs at the stated "
     f"{SUM_L0}, averaged over their families. Cost: the rise of the validation CE, counted as at "
@@ -28,7 +31,8 @@ RULE = (
     "cost among the regularized variants whose gain has a 95\N{NO-BREAK SPACE}% interval above "
     "zero and is beyond that of every control that is no dearer, its CE no higher by more than "
     f"{EQUAL_GAP} nats: the interval of the difference must be above zero. A gain that such a "
-    "control shows too is called no gain."
+    "control shows too is called no gain. Where plain models of the same time are controls, one of "
+    f"them must have trained for at least {LONG_ENOUGH:.0%} of the variant's time."
 )
 REGULARIZED, SAME_TIME, UNTRAINED = "regularized", "same time", "untrained"
 EXPLAINED = {
@@ -42,6 +46,7 @@ class Beside(StrEnum):
 
     CHEAPER = "it shows no gain at the price of {}"
     BEYOND = "the gain of {} is beyond it"
+    SHORTER = "the gain of {} is beyond it, but took longer to train"
     SHARED = "the gain of {} is no gain, as the control has it too"
     UNCLEAR = "the gain of {} cannot be told from it"
 
@@ -152,8 +157,10 @@ def _gains_by_seed(study: MeasuredStudy, name: str, families: Sequence[str]) -> 
     found = []
     for fresh in families:
         curves = study.compound[fresh]
-        equal = at_equal_l0(curves[name], curves[study.baseline], study.sum_l0[fresh])
-        if equal.l0 != study.sum_l0[fresh] or not equal.log_ratios:
+        stated, read = study.sum_l0[fresh], (curves[name], curves[study.baseline])
+        equal = at_equal_l0(*read, stated)
+        reached = all(curve.reaches(stated) for own in read for curve in own.values())
+        if not (reached and equal.log_ratios):
             return {}
         found.append(equal.log_ratios)
     seeds = [seed for seed in study.seeds(name) if all(seed in own for own in found)]
@@ -173,19 +180,27 @@ def _refusal(gain: Interval | None) -> str | None:
 def _held_by_control(
     study: MeasuredStudy, name: str, controls: Mapping[str, str], by_seed: Mapping[str, dict]
 ) -> str | None:
-    for control in controls:
+    beside_each = {}
+    for control, kind in controls.items():
         if control not in study.variants:
             return f"the control “{control}” is not finished"
-        beside = _beside(study, name, control, by_seed)
+        beside = beside_each[control] = _beside(study, name, control, kind, by_seed)
         if beside is Beside.SHARED:
             return f"no gain: the control “{control}” has it too"
         if beside is Beside.UNCLEAR:
             return f"a gain that cannot be told from the control “{control}”"
+    of_the_time = [beside_each[own] for own, kind in controls.items() if kind == SAME_TIME]
+    if of_the_time and all(beside is Beside.SHORTER for beside in of_the_time):
+        return "a gain for which no control trained as long"
     return None
 
 
 def _beside(
-    study: MeasuredStudy, name: str, control: str, by_seed: Mapping[str, dict[int, float]]
+    study: MeasuredStudy,
+    name: str,
+    control: str,
+    kind: str,
+    by_seed: Mapping[str, dict[int, float]],
 ) -> Beside:
     if _is_cheaper(study, name, control):
         return Beside.CHEAPER
@@ -195,7 +210,8 @@ def _beside(
         return Beside.UNCLEAR
     difference = Interval.of(differences)
     if difference.is_above_zero:
-        return Beside.BEYOND
+        share = study.time_ratio(control, name) if kind == SAME_TIME else None
+        return Beside.SHORTER if share is not None and share < LONG_ENOUGH else Beside.BEYOND
     shared = difference.mean <= 0 or Interval.of(other).is_above_zero
     return Beside.SHARED if shared else Beside.UNCLEAR
 
@@ -248,7 +264,7 @@ def _control_sentence(
     told: dict[Beside, list[str]] = {}
     for gain in gains:
         if gain.control is None and gain.gain is not None and gain.gain.mean > 0:
-            beside = _beside(study, gain.variant, control, by_seed)
+            beside = _beside(study, gain.variant, control, controls[control], by_seed)
             told.setdefault(beside, []).append(f"“{gain.variant}”")
     parts = [beside.value.format(listed(told[beside])) for beside in Beside if beside in told]
     return f"{head}, {seen}: {'; '.join(parts) or 'no variant has a gain to compare with it'}."

@@ -34,6 +34,12 @@ from hf_saereg.report.verdict import (
 
 RESULTS_FILE = "results.json"
 POINTS_COMPARED = 5
+# what a setup says of how SAEs were trained and scored; where it differs, so may costs
+CONDITIONS = (
+    *("dataset", "train_tokens", "validation_tokens", "scored_tokens", "text_seed"),
+    *("steps", "tokens_per_step", "learning_rate", "warmup_steps", "cooldown"),
+    *("skip_positions", "skip_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,11 @@ class SweptRun:
 
 @dataclass(frozen=True)
 class SweptModel:
-    """One model and the SAEs on it."""
+    """One model and the SAEs on it.
+
+    Attributes:
+        conditions: what the setup says of `CONDITIONS`.
+    """
 
     label: str
     run: Path
@@ -128,6 +138,7 @@ class SweptModel:
     heads: tuple[SweptHead, ...]
     sets: tuple[SweptSet, ...]
     setup: SweptSetup
+    conditions: dict[str, object]
     seconds: dict[str, float]
 
 
@@ -177,10 +188,11 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
             run = read_as(SweptRun, content)
         except ReportError as error:
             raise ReportError(f"{path}: {error}") from error
-        found += [(folder, name, run) for name in run.baselines]
-    if not any(run.compound for _, _, run in found):
+        told = {name: content["setup"][name] for name in CONDITIONS if name in content["setup"]}
+        found += [(folder, name, run, told) for name in run.baselines]
+    if not any(run.compound for _, _, run, _ in found):
         raise ReportError("The runs hold no SAE, so there is nothing to show.")
-    names = Counter(name for _, name, _ in found)
+    names = Counter(name for _, name, _, _ in found)
     return [
         SweptModel(
             label=name if names[name] == 1 else f"{name} ({folder.resolve().name})",
@@ -190,10 +202,24 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
             heads=tuple(row for row in run.rows if row.model == name),
             sets=tuple(row for row in run.compound if row.model == name),
             setup=run.setup,
+            conditions=told,
             seconds=run.seconds,
         )
-        for folder, name, run in found
+        for folder, name, run, told in found
     ]
+
+
+def unlike(models: Sequence[SweptModel]) -> dict[str, list[tuple[str, object]]]:
+    """`CONDITIONS` in which models differ: of each the models that tell it, with its value."""
+    told = {
+        name: [(own.label, own.conditions[name]) for own in models if name in own.conditions]
+        for name in CONDITIONS
+    }
+    return {
+        name: values
+        for name, values in told.items()
+        if any(value != values[0][1] for _, value in values)
+    }
 
 
 def variants(models: Iterable[SweptModel]) -> list[Variant]:
@@ -308,5 +334,6 @@ def _point(row: SweptHead | SweptSet) -> CurvePoint:
 
 
 def _fits(row: SweptHead | SweptSet, variant: Variant) -> bool:
-    # where the sizes of sites differ, a head's own size does not tell its variant
-    return isinstance(variant.d_sae, str) or row.d_sae == variant.d_sae
+    if isinstance(row, SweptHead) and isinstance(variant.d_sae, str):
+        return f"{row.d_sae:g}" in variant.d_sae.split("-")  # a head has the size of its own site
+    return row.d_sae == variant.d_sae

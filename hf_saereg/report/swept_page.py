@@ -22,6 +22,7 @@ from hf_saereg.report.swept import (
     mean_curve,
     movement,
     read_runs,
+    unlike,
     variants,
 )
 
@@ -91,6 +92,7 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
         headline=headline(models, compared),
         compared=compared,
         moved=moved,
+        unlike=unlike(models),
         seeds={row.seed for model in models for row in model.sets} - {None},
         settled=SETTLED,
         pictures=pictures,
@@ -112,7 +114,7 @@ def headline(models: Sequence[SweptModel], compared: dict[Variant, list[AtEqualL
         if points:
             point = points[len(points) // 2]
             costs = [
-                f"{signed(increase)} on {model.label}"
+                f"{signed(increase)} on {model.label} (CE {model.baseline.clean_ce:.3f})"
                 for model, increase in zip(models, point.ce_increase, strict=True)
                 if increase is not None
             ]
