@@ -30,6 +30,7 @@ from training_job import (
 )
 from transformers import GPT2LMHeadModel, TrainerCallback
 
+from hf_saereg import processes
 from hf_saereg.checkpoint import CheckpointError
 from hf_saereg.errors import UserError
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig
@@ -711,7 +712,7 @@ def test_options_that_would_spoil_what_is_saved_are_refused(tmp_path, option):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says, and nothing else
+    monkeypatch.setattr(processes, "launched_processes", lambda: 2)
     with pytest.raises(UserError, match="2 processes were launched, but this one is joined to 1"):
         arguments(tmp_path)
 
