@@ -5,8 +5,10 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 
 import against_dense
+import numpy as np
 import pytest
 import torch
 from against_dense import head_and_tokens, losses_and_gradients, relative_errors
@@ -18,7 +20,7 @@ from hf_saereg import kernels
 from hf_saereg.errors import UserError
 from hf_saereg.heads import FAMILIES
 from hf_saereg.heads.folder import load_head, save_heads
-from hf_saereg.kernels import Above, LargestK, chunks, dense, sparse
+from hf_saereg.kernels import Above, LargestK, chunks, dense, sparse, team
 
 ARCHITECTURES = tuple(FAMILIES)
 
@@ -193,6 +195,49 @@ def test_the_same_from_run_to_run_and_close_for_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(grad_1, grad_3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("selection", [Above(0.1), LargestK(3)])
+def test_loops_find_the_same_on_torchs_threads_and_on_pythons(monkeypatch, dtype, selection):
+    """Every loop, forward and backward, with as many parts as threads."""
+
+    def found():
+        generator = torch.Generator().manual_seed(0)
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        x, W_enc, W_dec = (
+            torch.randn(shape, generator=generator, dtype=wide).requires_grad_()
+            for shape in ((701, 6), (6, 50), (50, 6))
+        )
+        b_enc, b_dec = torch.zeros(50, dtype=wide), torch.zeros(6, dtype=wide)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            codes = sparse.encode(x, W_enc, b_enc.requires_grad_(), selection)
+        x_hat = sparse.decode(codes.pre, codes, W_dec, b_dec)
+        gradients = torch.autograd.grad(x_hat.square().sum(), (x, W_enc, b_enc, W_dec))
+        return [codes.pre, codes.latents, codes.offsets, x_hat, *gradients]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        ours = found()
+        monkeypatch.setattr(team, "_gomp_parallel", lambda: None)
+        theirs = found()
+        torch.set_num_threads(1)
+        alone = found()
+    finally:
+        torch.set_num_threads(threads)
+    for mine, other, single in zip(ours, theirs, alone, strict=True):
+        assert torch.equal(mine, other) and torch.equal(mine, single)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU OpenMP on Linux alone")
+def test_torchs_threads_are_found():
+    assert Path(team._library()).is_file() and team._gomp_parallel() is not None
+
+
+def test_an_array_that_a_loop_could_not_read_is_refused():
+    with pytest.raises(ValueError, match="not contiguous"):
+        team._words(np.zeros((4, 4))[:, :2])
 
 
 def _fork_target(queue):

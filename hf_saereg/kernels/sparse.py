@@ -6,20 +6,15 @@ Notable:
 - values and gradients are those of `dense.py`, to rounding, and the same from run to run
 - under autocast the encoder product runs in its dtype, everything else in the dtype of x: more
   exact than the dense definition there
-- threads are Python's own, as many as `torch.get_num_threads()`: compiled loops release the GIL,
-  any number of callers may share them, and a forked process starts its own
+- loops run on torch's own threads, see `team.py`
 """
 
-import functools
 import itertools
-import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -28,6 +23,7 @@ from hf_saereg.kernels.chunks import chunk_size
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 from hf_saereg.kernels.dense import rounded_bias
 from hf_saereg.kernels.product import PADDING, multiply
+from hf_saereg.kernels.team import Part, even_parts, in_parts
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Codes:
@@ -97,13 +93,13 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
             W = _array(W_enc.T)  # (d_sae, d_in)
-            _in_parts(loops.gather_rows, _even(len(x)), *entries, W, _array(grad_x))
+            in_parts(loops.gather_rows, even_parts(len(x)), *entries, W, _array(grad_x))
         if any(ctx.needs_input_grad[1:]):
             grad_W = W_enc.new_zeros(W_enc.T.shape)  # (d_sae, d_in)
             grad_b = W_enc.new_zeros(len(grad_W))
             sums = _array(grad_W), _array(grad_b)
             parts = _balanced(latents, len(grad_W))
-            _in_parts(loops.scatter_rows, parts, *entries, _array(x), *sums)
+            in_parts(loops.scatter_rows, parts, *entries, _array(x), *sums)
             grad_W = grad_W.T
         return grad_x, grad_W, grad_b, None, None
 
@@ -121,7 +117,7 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(values, latents, offsets, W_dec)
         x_hat = b_dec.repeat(len(offsets) - 1, 1)  # (tokens, d_in)
         entries = _array(values), _array(latents), _array(offsets)
-        _in_parts(loops.gather_rows, _even(len(x_hat)), *entries, _array(W_dec), _array(x_hat))
+        in_parts(loops.gather_rows, even_parts(len(x_hat)), *entries, _array(W_dec), _array(x_hat))
         return x_hat
 
     @staticmethod
@@ -131,7 +127,7 @@ class _Decode(torch.autograd.Function):
         entries = _array(values), _array(latents), _array(offsets)
         grad_values = values.new_empty(values.shape)
         grad_W = W_dec.new_zeros(W_dec.shape)
-        _in_parts(
+        in_parts(
             loops.scatter_rows_and_dot,
             _balanced(latents, len(W_dec)),
             *entries,
@@ -148,7 +144,8 @@ def _selected(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pre, latents, offsets: of every head the latents that it selects of its share of the rows."""
     tokens, d_sae = len(x) // heads, len(b_enc) // heads
-    pre, latents = [x.new_empty(0)], [torch.empty(0, dtype=torch.int32)]
+    pre: list[ndarray] = [_array(x.new_empty(0))]
+    latents: list[ndarray] = [np.empty(0, np.int32)]
     offsets = torch.zeros(len(x) + 1, dtype=torch.int64)  # counts, until summed up
     for head in range(heads):
         rows, own = (slice(head * size, (head + 1) * size) for size in (tokens, d_sae))
@@ -156,13 +153,14 @@ def _selected(
             x[rows], W_enc[:, own], b_enc[own], selection.of(own), offsets[1:][rows]
         )
         pre += found[0]
-        latents += [some + head * d_sae for some in found[1]] if head else found[1]
-    return torch.cat(pre), torch.cat(latents), offsets.cumsum(0)
+        latents += [some + np.int32(head * d_sae) for some in found[1]] if head else found[1]
+    whole = (torch.from_numpy(np.concatenate(parts)) for parts in (pre, latents))
+    return *whole, offsets.cumsum(0)
 
 
 def _selected_of_one(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection, counts: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[ndarray], list[ndarray]]:
     """The encoder product of one head chunk by chunk, compacted; fills in `counts` of its rows."""
     tokens, d_sae = len(x), len(b_enc)
     if isinstance(selection, LargestK):
@@ -172,14 +170,18 @@ def _selected_of_one(
         loop, limit = loops.select_above, _array(threshold.expand(d_sae))
     rounded = rounded_bias(x, b_enc)
     in_full = rounded is b_enc  # not rounded: then the loop adds the bias, a pass less
-    bias = _array(b_enc if in_full else b_enc - rounded)
-    rows, W = x.to(rounded.dtype), W_enc.to(rounded.dtype)
+    rows, W, bias = x, W_enc, b_enc
+    if not in_full:
+        rows, W, bias = _with_bias(x, W_enc, b_enc, rounded)
+    bias = _array(bias)
     row_length = d_sae + PADDING if in_full else d_sae
 
-    chunk = max(1, min(tokens, chunk_size(x, d_sae)))
+    # as many bytes in each chunk, whatever the dtype
+    chunk = chunk_size(x, d_sae) * x.element_size() // rows.element_size()
+    chunk = max(1, min(tokens, chunk))
     # Room for every latent of a chunk; the system provides only the pages that are written.
-    pre = _scratch("pre", chunk * d_sae, x.dtype)
-    latents = _scratch("latents", chunk * d_sae, torch.int32)
+    pre = _array(_scratch("pre", chunk * d_sae, x.dtype))
+    latents = _array(_scratch("latents", chunk * d_sae, torch.int32))
     found_pre, found_latents = [], []
     buffer = _scratch("product", chunk * row_length, W.dtype).view(chunk, row_length)
     for first in range(0, tokens, chunk):
@@ -188,16 +190,30 @@ def _selected_of_one(
         if in_full:
             multiply(some_rows, W, out=product)
         else:
-            torch.addmm(rounded, some_rows, W, out=product)
-        parts = _even(len(product))
-        out = _array(pre), _array(latents), _array(counts[first:])
+            torch.mm(some_rows, W, out=product)
+        parts = even_parts(len(product))
+        out = pre, latents, _array(counts[first:])
         for (start, _), found in zip(
-            parts, _in_parts(loop, parts, _product_array(product), bias, limit, *out), strict=True
+            parts, in_parts(loop, parts, _product_array(product), bias, limit, *out), strict=True
         ):
             entries = slice(start * d_sae, start * d_sae + found)
-            found_pre.append(pre[entries].clone())
-            found_latents.append(latents[entries].clone())
+            found_pre.append(pre[entries].copy())  # by numpy: a few entries, hundreds of times
+            found_latents.append(latents[entries].copy())
     return found_pre, found_latents
+
+
+def _with_bias(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, rounded: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and weights whose product has the bias in it, and what of the bias is left to add.
+
+    Two more columns of ones, for the bias and for what its rounding lost: less work than a pass
+    over the product.
+    """
+    lost = (b_enc - rounded).to(rounded.dtype)
+    rows = torch.cat([x.to(rounded.dtype), rounded.new_ones(len(x), 2)], dim=1)
+    W = torch.cat([W_enc.to(rounded.dtype), torch.stack([rounded, lost])])
+    return rows, W, b_enc - rounded - lost
 
 
 _kept = threading.local()
@@ -216,40 +232,21 @@ def _scratch(use: str, size: int, dtype: torch.dtype) -> Tensor:
     return kept[:size]
 
 
-def _product_array(product: Tensor) -> np.ndarray:
+def _product_array(product: Tensor) -> ndarray:
     if product.dtype == torch.bfloat16:
         return _array(product.view(torch.uint16))  # the loops widen it, numpy cannot
     return _array(product.to(torch.promote_types(product.dtype, torch.float32)))
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def _array(tensor: Tensor) -> ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _even(size: int) -> list[tuple[int, int]]:
-    """As many equal ranges as there are threads, that cover `range(size)`."""
-    threads = torch.get_num_threads()
-    bounds = [size * i // threads for i in range(threads + 1)]
-    return list(itertools.pairwise(bounds))
-
-
-def _balanced(latents: Tensor, d_sae: int) -> list[tuple[int, int]]:
+def _balanced(latents: Tensor, d_sae: int) -> list[Part]:
     """Ranges of latents that cover `range(d_sae)`, with about equally many entries in each."""
     if torch.get_num_threads() == 1:
         return [(0, d_sae)]
     entries_up_to = torch.bincount(latents, minlength=d_sae).cumsum(0)
-    shares = torch.tensor([stop for _, stop in _even(len(latents))][:-1], dtype=torch.int64)
+    shares = torch.tensor([stop for _, stop in even_parts(len(latents))][:-1], dtype=torch.int64)
     bounds = [0, *torch.searchsorted(entries_up_to, shares).tolist(), d_sae]
     return list(itertools.pairwise(bounds))
-
-
-def _in_parts(loop: Callable, parts: list[tuple[int, int]], *arguments: Any) -> list:
-    """Results of `loop(start, stop, *arguments)`, one thread a part."""
-    others = [_pool(os.getpid(), len(parts)).submit(loop, *part, *arguments) for part in parts[1:]]
-    return [loop(*parts[0], *arguments), *(other.result() for other in others)]
-
-
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of its parent did not survive the fork."""
-    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix=f"saereg-{process}")
