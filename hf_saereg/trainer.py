@@ -17,10 +17,12 @@ Notable:
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
@@ -94,10 +96,16 @@ class SAERegTrainer(RecordingTrainer):
                 self.add_callback(ours())
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As `Trainer` does, with a DDP that waits for no head which a step leaves out."""
+        """As `Trainer` does, with DDP told of heads that a step leaves out, and exact FSDP sums."""
         if self.args.ddp_find_unused_parameters is None and self.model.term.sites_per_step:
             self.args.ddp_find_unused_parameters = True
         super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = plugin and plugin.mixed_precision_policy
+        if isinstance(policy, MixedPrecisionPolicy):
+            # what leaves the model are losses and sums over tokens: neither may be rounded
+            policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = policy
 
     def _check_sharding(self) -> None:
         """Refuse what reads the model past the outermost group of its shards."""

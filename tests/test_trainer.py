@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from training_job import (
     LENGTHS,
     SITES,
@@ -28,7 +30,7 @@ from training_job import (
     upkept_heads,
     weights,
 )
-from transformers import GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_saereg import processes
 from hf_saereg.checkpoint import CheckpointError
@@ -739,6 +741,23 @@ def test_ddp_looks_for_unused_heads_where_a_step_leaves_some_out(tmp_path, sites
     model = tiny_model(upkept_heads(), term=TermOptions(sites_per_step=sites_per_step))
     ours = trainer(model, arguments(tmp_path, gradient_checkpointing=True))
     assert ours.accelerator.ddp_handler.find_unused_parameters is waits
+
+
+def test_fsdp_rounds_neither_what_leaves_the_model_nor_gradients(tmp_path, monkeypatch):
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy)
+    create = Trainer.create_accelerator_and_postprocess
+
+    def with_plugin(self):
+        create(self)
+        self.accelerator.state.fsdp_plugin = plugin  # accelerate takes FSDP to GPUs only
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_plugin)
+    ours = trainer(tiny_model(), arguments(tmp_path))
+    del ours.accelerator.state.fsdp_plugin
+    found = plugin.mixed_precision_policy
+    assert (found.param_dtype, found.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert found.output_dtype is None
 
 
 def test_rows_that_are_no_batch_are_refused_where_it_would_be_dropped(tmp_path):
