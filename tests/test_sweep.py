@@ -1,6 +1,7 @@
 """Fresh heads: what trains them, what they depend on, and how an interrupted cell goes on."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from datasets import Dataset
 
 from hf_saereg.errors import UserError
+from hf_saereg.fresh import score_model
 from hf_saereg.grid import DEAD_AFTER_TOKENS, Cell, FreshHeadsArguments, Schedule
-from hf_saereg.sweep import SharedTraining, _batches
+from hf_saereg.heads import SAEHeadConfig
+from hf_saereg.sweep import DivergedError, SharedTraining, _batches
 from hf_saereg.sweep_state import SweepStateError, load_state, save_state
 
 TINY = {
@@ -238,6 +241,27 @@ def test_a_kept_cell_ends_as_one_that_was_never_interrupted(shared, tmp_path, st
                 assert torch.equal(buffer, their_head.get_buffer(name)), name
 
 
+def test_weights_that_are_not_finite_are_named_and_not_kept(plain_model, blocks, tmp_path):
+    arguments = FreshHeadsArguments(**TINY | {"fresh_k": [3], "fresh_learning_rate": 1e38})
+    splits = {"train": blocks, "validation": blocks}
+    with pytest.raises(DivergedError, match=r"topk_k3_d32_s0 at blocks\.0\.hook_resid_pre has"):
+        score_model("model", plain_model, splits, arguments.sweep(0), tmp_path)
+    assert not list((tmp_path / "cells").iterdir()) and not (tmp_path / "unfinished").exists()
+
+
+def test_every_own_head_has_its_own_sparsity(plain_model, blocks, tmp_path):
+    sites = plain_model.hook_names[:2]
+    plain_model.attach_heads(
+        [SAEHeadConfig("topk", name, 16, 32, k=k) for name, k in zip(sites, (2, 5), strict=True)]
+    )
+    splits, arguments = {"train": blocks, "validation": blocks}, FreshHeadsArguments(**TINY)
+    sweep = replace(arguments.sweep(0), cells=())
+    found = score_model("model", plain_model, splits, sweep, tmp_path)
+    assert [row["sparsity"] for row in found["rows"]] == [2, 5]
+    (compound,) = found["compound"]
+    assert compound["sparsity"] == "2-5" and compound["d_sae"] == 32
+
+
 def test_cells_that_are_ahead_wait_for_the_others(shared):
     ahead, behind = shared.start(INTERRUPTED[0]), shared.start(INTERRUPTED[1])
     with pytest.raises(StopError):
@@ -386,6 +410,7 @@ def test_other_options_are_those_of_the_heads_that_are_trained(train):
         ('{"bandwidth": 0.1}', "'bandwidth', which none of topk, standard has"),
         ('{"tide": true}', "'tide', which none of"),
         ('{"k": 3}', "'k', which none of"),
+        ('{"rectified": false}', "only rectified heads can be saved"),
     ],
 )
 def test_other_options_that_no_head_has_are_refused(options, culprit):
