@@ -11,9 +11,9 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = REPOSITORY / "recipes" / "results"
 
 
-def row(label):
+def row(label, text=README):
     """Cells of the one line of a table that begins with a label."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
@@ -60,3 +60,22 @@ def test_what_a_step_costs():
     assert measured
     for line in markdown(measured).splitlines():
         assert not line.startswith("|") or line in README.splitlines(), line
+
+
+@pytest.mark.parametrize(("label", "variant"), [
+    ("plain", "plain"),
+    ("plain, same time", "plain, same time"),
+    *((f"`published`, λ {λ}", f"published, reconstruction_weight {λ}") for λ in (0.3, 1, 3, 10)),
+    *((f"λ 1, `splice_weight` {α}", f"spliced, splice_weight {α}") for α in (0.1, 0.3, 1)),
+])  # fmt: skip
+def test_what_a_weight_buys(label, variant):
+    table = (RESULTS / "study_weights" / "table.md").read_text(encoding="utf-8").splitlines()
+    heading = [cell.strip() for cell in table[0].split("|")]
+    kept = next(line for line in table if line.startswith(f"| {variant} |"))
+    kept = dict(zip(heading, (cell.strip() for cell in kept.split("|")), strict=True))
+    fresh = [
+        " / ".join(kept[f"compound, fresh {family} {sparsity}"] for sparsity in (5, 10, 40))
+        for family in ("topk", "standard")
+    ]
+    section = README.partition("## Which weight\n")[2].partition("\n## ")[0]
+    assert row(label, section) == [kept["CE"], *fresh, kept["compound, cotrained topk 10"]]
