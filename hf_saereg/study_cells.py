@@ -77,7 +77,8 @@ class StudyCell:
         scores = score_model(
             self.variant, model, job.blocks, job.fresh.sweep(self.seed), self.folder / "fresh"
         )
-        content = {"variant": self.variant, "seed": self.seed, "figures": figures, "scores": scores}
+        content = {"variant": self.variant, "seed": self.seed, "model": self.model}
+        content |= {"figures": figures, "scores": scores}
         write_json(
             self.folder / CELL_FILE, content | ({"budget": self.budget} if self.budget else {})
         )
@@ -110,15 +111,33 @@ def check_finished(study: Study, variant: str, seed: int, folder: Path) -> bool:
 
     Raises:
         RunFolderError: if an option was another one.
+        StudyError: if it was another model, or a control of another variant.
     """
     own = cell_folder(folder, variant, seed)
     if not (own / RUN_FILE).is_file():
         return False
-    budget = json.loads((own / CELL_FILE).read_text()).get("budget")
+    cell = json.loads((own / CELL_FILE).read_text())
+    budget = cell.get("budget")
+    _check_kind(study, variant, own, cell["model"], budget)
     words = _words(study, variant, seed, own, budget)
     options = as_record(parse_options(*OPTION_CLASSES, arguments=words))
     check_run_folder(own, options, resume=True, may_differ=frozenset({"output_dir"}))
     return True
+
+
+def _check_kind(
+    study: Study, variant: str, own: Path, model: str, budget: dict[str, Any] | None
+) -> None:
+    """Check what a variant is beside its options: which model it trains, and for how long."""
+    donors = study.donors(variant)
+    now = {"model": study.model_of(variant), TRAIN_SECONDS_OF: donors and donors[0]}
+    before = {"model": model, TRAIN_SECONDS_OF: budget and budget[TRAIN_SECONDS_OF]}
+    for name in now:
+        if now[name] != before[name]:
+            raise StudyError(
+                f"{own} was made for another variant ({name} was {before[name]!r}, now "
+                f"{now[name]!r}); choose another output_dir or delete that folder."
+            )
 
 
 def is_ready(study: Study, variant: str, seed: int, folder: Path) -> bool:
@@ -133,9 +152,11 @@ def _budget(study: Study, variant: str, seed: int, folder: Path) -> dict[str, An
     donors = study.donors(variant)
     if donors is None:
         return None
-    path = cell_folder(folder, variant, seed) / BUDGET_FILE
-    if path.is_file():
-        return json.loads(path.read_text())
+    own = cell_folder(folder, variant, seed)
+    if (own / BUDGET_FILE).is_file():
+        budget = json.loads((own / BUDGET_FILE).read_text())
+        _check_kind(study, variant, own, study.model_of(variant), budget)
+        return budget
     timed, plain = (_figures(folder, donor, seed) for donor in donors)
     seconds_per_step = plain["train_seconds"] / plain["steps"]
     return {

@@ -10,8 +10,16 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-PROBE = """<script>addEventListener("load", () => {
-  const widths = [...document.images].map((image) => image.naturalWidth);
+RENDERINGS = 4  # of a figure: light and dark, page and phone
+PROBE = """<script>addEventListener("load", async () => {
+  const addresses = [...document.querySelectorAll("picture source")].map((own) => own.srcset)
+    .concat([...document.images].map((image) => image.getAttribute("src")));
+  const widths = await Promise.all(addresses.map((address) => new Promise((resolve) => {
+    const image = new Image();
+    image.onload = () => resolve(image.naturalWidth);
+    image.onerror = () => resolve(0);
+    image.src = address;
+  })));
   document.title = "widths " + widths + " overflow " +
     (document.documentElement.scrollWidth - document.documentElement.clientWidth);
 });</script>"""
@@ -84,7 +92,7 @@ def assert_in_tensorboard(page, figures):
 
 
 def assert_shown(page, tmp_path, images):
-    """No console error, every image loads, nothing overflows to the right of a phone."""
+    """No console error, every rendering loads, nothing overflows to the right of a phone."""
 
     def load(path):
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
@@ -103,6 +111,6 @@ def assert_shown(page, tmp_path, images):
     probed.write_text(html, encoding="utf-8")
     widths, overflow = re.search(r"<title>widths (\S*) overflow (\d+)", load(probed)).groups()
     shown = widths.split(",") if widths else []
-    assert len(shown) == images
+    assert len(shown) == RENDERINGS * images
     assert all(int(width) > 0 for width in shown)
     assert overflow == "0"

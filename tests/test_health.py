@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_saereg.heads import SAEHeadConfig, make_head
-from hf_saereg.heads.auxk import auxk_loss
+from hf_saereg.heads.auxk import DeadReaders, auxk_loss
 from hf_saereg.heads.health import centre, resample
 
 SITE = "blocks.0.hook_resid_pre"
@@ -15,6 +15,10 @@ def head_with(architecture="topk", **options):
     if architecture in ("topk", "batchtopk"):
         options = {"k": 3} | options
     return make_head(SAEHeadConfig(architecture, SITE, 8, 20, **options)).double()
+
+
+def own(head):
+    return DeadReaders(head.W_enc, head.b_enc, head.W_dec)
 
 
 def test_the_geometric_median_ignores_an_outlier_that_moves_the_mean():
@@ -66,7 +70,7 @@ def test_auxk_is_the_formula_of_the_paper(architecture):
         largest = sorted(range(5, 15), key=lambda latent: -pre[latent].item())[:4]
         error_hat = sum(pre[latent].clamp(min=0) * head.W_dec[latent] for latent in largest)
         expected = expected + (its_error - error_hat).square().sum() / 32
-    torch.testing.assert_close(auxk_loss(head, x - head.b_dec, error), expected)
+    torch.testing.assert_close(auxk_loss(head, own(head), x - head.b_dec, error), expected)
     torch.testing.assert_close(head.losses(x).auxiliary * 30, expected)
     assert head.eval().losses(x).auxiliary == 0
 
@@ -75,7 +79,7 @@ def test_auxk_reaches_the_dead_and_nobody_else():
     head = head_with(auxk=4)
     head.tokens_since_fired[5:15] = 10**9
     x = torch.randn(30, 8, dtype=torch.float64)
-    auxk_loss(head, x - head.b_dec.detach(), x).backward()
+    auxk_loss(head, own(head), x - head.b_dec.detach(), x).backward()
     assert head.W_dec.grad[5:15].any() and head.W_enc.grad[:, 5:15].any()
     assert not head.W_dec.grad[:5].any() and not head.W_enc.grad[:, 15:].any()
 

@@ -13,6 +13,7 @@ from hf_saereg.sweep import Track
 HEADS, TOKENS, D_IN, D_SAE = 3, 40, 8, 24
 FAMILIES = {
     "topk": {"k": 3},
+    "topk, auxk": {"k": 3, "auxk": 4, "dead_after_tokens": 2 * TOKENS},
     "standard": {"sparsity_coefficient": 0.3},
     "standard, tied": {"sparsity_coefficient": 0.3, "tied": True},
     "standard, steered": {"sparsity_coefficient": 0.3, "target_l0": 4.0},
@@ -42,6 +43,8 @@ def bank_of(name, kernel="auto", **others):
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         if "steered_coefficient" in head._buffers:
             head.steered_coefficient.mul_(1 + i)
+        # as many dead as AuxK takes, more, and none: another number of each head
+        head.tokens_since_fired[: (2, 9, 0)[i]] = 10**9
     return HeadBank(heads)
 
 
@@ -56,8 +59,9 @@ def test_losses_and_gradients_are_those_of_the_heads(name, kernel):
     x = activations_of()
     alone, stacked = bank_of(name, kernel), bank_of(name, kernel)
     every = [head.losses(own) for head, own in zip(alone, x, strict=True)]
-    expected = sum(losses.reconstruction + losses.sparsity for losses in every)
+    expected = sum(own.reconstruction + own.sparsity + own.auxiliary for own in every)
     expected.backward()
+    assert all(own.auxiliary > 0 for own in every[:2]) == ("auxk" in name)
     stack = HeadStack.of(stacked)
     found = stack.losses(x)
     found.total.backward()
@@ -115,7 +119,6 @@ def test_what_cannot_be_stacked_is_not():
     assert HeadStack.can_hold(bank_of("topk"), TOKENS)
     assert not HeadStack.can_hold(bank_of("topk"), LARGEST // D_SAE)
     assert not HeadStack.can_hold(list(bank_of("topk"))[:1], TOKENS)
-    assert not HeadStack.can_hold(bank_of("topk", auxk=4), TOKENS)
     assert not HeadStack.can_hold(bank_of("topk", normalization="layer_norm"), TOKENS)
     wide, *others = bank_of("topk")
     wide.config.k = 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,26 @@ from pages import (
 from pages import elements_of as parsed
 from scipy import stats
 
+from hf_saereg import cli
 from hf_saereg.heads import FAMILIES
+from hf_saereg.report import ReportError
 from hf_saereg.report.l0_curves import l0_caption
 from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0, stated_l0
 from hf_saereg.report.study_findings import find_in_study
-from hf_saereg.report.study_page import DOUBTED_SITE, StudyFacts, write_study_page
+from hf_saereg.report.study_page import (
+    DOUBTED_SITE,
+    StudyFacts,
+    drawn_models,
+    write_study_page,
+)
 from hf_saereg.report.study_statistics import Interval, against_baseline, site_changes
-from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, movements, tallies
+from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, tallies
 from hf_saereg.report.study_verdict import recommend
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
 from hf_saereg.study_cells import finished_cells
 from hf_saereg.study_l0 import L0Curve, SteeredTraining
+from hf_saereg.study_report import write_study
 from hf_saereg.study_settings import settings_of
 from hf_saereg.study_table import table
 
@@ -43,15 +52,19 @@ def cell(variant, seed, eval_ce, increase, families=("topk",), at=AT, half=1.0, 
 
     def row(family, k, factor, share=1.0):
         ours = increase * share * factor
-        own = {"source": "fresh", "family": family, "sparsity": k, "d_sae": 64}
+        own = {"source": "fresh", "family": family, "sparsity": k, "d_sae": 64, "seed": seed}
+        own |= {"model": variant, "kl": ours, "ce_recovered": None}
         return own | {"ce_increase": ours, "ce_increase_at_half": ours * half}
 
     compound = [row(f, k, factor) | {"sum_l0": k} for f in families for k, factor in at.items()]
     if trained and variant not in ("plain", "untrained", "as long"):
-        own = {"source": "cotrained", "family": "topk", "sparsity": 20, "d_sae": 64}
+        own = {"source": "cotrained", "family": "topk", "sparsity": 20, "d_sae": 64, "seed": None}
+        own |= {"model": variant, "kl": 0.3, "ce_recovered": None}
         compound.append(own | {"sum_l0": trained, "ce_increase": 0.3, "ce_increase_at_half": None})
+    firing = {"fvu": 0.1, "dead_fraction": 0.0}
+    firing["density_histogram"] = {"log10_edges": [-2, -1, 0], "counts": [60, 4], "never": 0}
     rows = [
-        row(f, k, factor, 0.25) | {"site": site, "l0": k / 2}
+        row(f, k, factor, 0.25) | {"site": site, "l0": k / 2} | firing
         for f in families
         for k, factor in at.items()
         for site in SITES
@@ -198,10 +211,25 @@ def test_the_matrix_names_what_is_missing():
     assert {own.fresh for own in found.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("half, flagged", [(1.03, False), (1.2, True)])
-def test_fresh_saes_that_still_move_are_flagged(half, flagged):
-    (found,) = movements(MeasuredStudy.of([cell("plain", 0, 2.0, 0.4, half=half)], "plain"))
-    assert found.median == pytest.approx(half - 1) and found.is_flagged is flagged
+@pytest.mark.parametrize("half, settled", [(1.03, True), (1.2, False)])
+def test_fresh_saes_that_still_move_are_not_settled(half, settled):
+    (found,) = MeasuredStudy.of([cell("plain", 0, 2.0, 0.4, half=half)], "plain").convergence
+    assert (found.model, found.family) == ("plain", "topk")
+    assert found.mean == found.median == pytest.approx(half - 1)
+    assert found.is_settled is settled
+
+
+def test_movements_that_seeds_make_up_for_count_as_settled():
+    cells = [cell("plain", seed, 2.0, 0.4, half=half) for seed, half in enumerate((1.2, 0.8))]
+    (found,) = MeasuredStudy.of(cells, "plain").convergence
+    assert found.mean == pytest.approx(0, abs=1e-12) and found.median == pytest.approx(0.2)
+
+
+def test_a_cell_that_lacks_a_key_is_named():
+    damaged = cell("plain", 3, 2.0, 0.4)
+    del damaged["scores"]["rows"][1]["l0"]
+    with pytest.raises(ReportError, match=r"'plain' at seed 3 .*'scores.rows\[1\].l0'"):
+        MeasuredStudy.of([damaged], "plain")
 
 
 # ---- the rule ----
@@ -314,6 +342,10 @@ STEERED = [
 ]
 
 
+CURVES = ("compound_topk_64", "sites_topk_64", "densities_topk_64", "bars", "ce", "norms")
+FIGURES = ("trade_off", "l0", *CURVES)
+
+
 def page_of(cells, folder, settings=SETTINGS, steered=()):
     rows = table(cells, "plain")
     found = find_in_study(cells, rows, "plain", settings, list(FAMILIES))
@@ -346,17 +378,17 @@ def test_the_page_has_the_verdict_first(page):
 def test_the_page_is_whole(page):
     elements = parsed(page)
     assert_self_contained(page, elements)
-    assert_images_described(elements, number=2)
+    assert_images_described(elements, number=len(FIGURES))
     assert_headings_nest(elements)
 
 
 def test_figures_are_images_in_tensorboard(page):
-    assert_in_tensorboard(page, ("trade_off", "l0"))
+    assert_in_tensorboard(page, FIGURES)
 
 
 @needs_browser
 def test_browser_shows_the_page_without_an_error(page, tmp_path):
-    assert_shown(page, tmp_path, images=2)
+    assert_shown(page, tmp_path, images=len(FIGURES))
 
 
 @needs_browser
@@ -393,6 +425,39 @@ def test_a_study_of_one_seed_with_hostile_names_is_shown(tmp_path):
     assert "no control" in html
 
 
+def test_of_many_variants_those_that_matter_are_drawn(tmp_path):
+    names = {f"other {i}": 0.9 - 0.1 * i for i in range(4)}
+    cells = study_of() + [
+        cell(name, seed, 2.3 + seed, (0.4 + 0.1 * seed) * factor)
+        for name, factor in names.items()
+        for seed in SEEDS
+    ]
+    settings = SETTINGS | {name: setting(curve=name) for name in names}
+    found = find_in_study(cells, table(cells, "plain"), "plain", settings, list(FAMILIES))
+    drawn = [model.label for model in drawn_models(found)]
+    assert drawn == ["plain", "light", "heavy", "as long", "untrained", "other 3"]
+    assert "6 of 9 variants" in page_of(cells, tmp_path, settings).read_text("utf-8")
+
+
+def test_a_study_is_reported_again_from_its_folder_alone(tmp_path, capsys):
+    folder = tmp_path / "moved"
+    shutil.copytree(RESULTS, folder)
+    study = Study.read(REPOSITORY / "recipes" / "study_normalization.yaml")
+    first = write_study(study, settings_of(study), folder, folder).read_text("utf-8")
+    cli.main(["report", str(folder), "--output_dir", str(tmp_path / "again")])
+    again = tmp_path / "again"
+    assert (again / "index.html").read_text("utf-8") == first
+    for name in ("study.json", "table.md"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(folder), str(folder), "--output_dir", str(tmp_path / "both")])
+    assert "is a study, which has a page of its own; report it alone" in capsys.readouterr().err
+    (folder / "study.json").write_text('{"settings": {}}')
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(folder)])
+    assert "has no 'study', from which a study is read again" in capsys.readouterr().err
+
+
 def test_a_study_whose_baseline_alone_is_finished_has_a_page(tmp_path):
     html = page_of([cell("plain", 0, 2.0, 0.4)], tmp_path).read_text("utf-8")
     assert "nothing can be drawn" in html and "no regularized variant is finished" in html
@@ -405,7 +470,7 @@ def test_the_study_in_the_repository_says_what_its_cells_do():
     found = find_in_study(cells, rows, study.baseline, settings, list(FAMILIES))
     kept = json.loads((RESULTS / "study.json").read_text())
     ours = json.loads(json.dumps(found.figures()))
-    assert set(kept) == {"rows", "settings", "transplanted", *ours}
+    assert set(kept) == {"study", "rows", "settings", "transplanted", *ours}
     for row, expected in zip(ours["against_baseline"], kept["against_baseline"], strict=True):
         assert row["variant"] == expected["variant"]
         assert row["eval_ce"].pop("seeds") == expected["eval_ce"].pop("seeds")

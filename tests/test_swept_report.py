@@ -18,14 +18,13 @@ from test_report import make_results
 
 from hf_saereg import cli
 from hf_saereg.report.results import ReportError
-from hf_saereg.report.swept import (
+from hf_saereg.report.swept import read_runs, unlike
+from hf_saereg.report.swept_curves import (
     Variant,
     compare,
     fresh,
     mean_curve,
-    movement,
-    read_runs,
-    unlike,
+    variant_convergence,
     variants,
 )
 from hf_saereg.report.swept_page import headline, write_swept_report
@@ -106,7 +105,7 @@ def test_a_curve_goes_through_the_means_over_seeds(runs):
     assert variants([model]) == [TOPK]
     points = mean_curve(model.sets).points
     assert [point[:2] for point in points] == [(20, pytest.approx(0.5)), (80, pytest.approx(0.2))]
-    assert movement(model, TOPK) == pytest.approx(0.02)
+    assert variant_convergence(model, TOPK).median == pytest.approx(0.02)
 
 
 def test_models_are_compared_where_all_of_them_were_measured(runs):

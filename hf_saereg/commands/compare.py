@@ -2,9 +2,8 @@
 
     saereg compare STUDY.yaml --output_dir DIR
 
-Writes to DIR a folder a variant and seed, `index.html`, `study.json`, `table.md`, and `figures/`
-(PNG and SVG) with the trade-off and, where heads have a target, L0 over the steps; both also to
-`tensorboard/`.
+Writes to DIR a folder a variant and seed, and what `hf_saereg.study_report` makes of them; `saereg
+report DIR` makes that again.
 
 Notable:
 - finished cells are never run again; interrupted ones go on
@@ -19,25 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_saereg.heads import FAMILIES
 from hf_saereg.options import parse_options
 from hf_saereg.processes import refuse_several_processes
 from hf_saereg.report.layout import PAGE_MODULES, require_extra
-from hf_saereg.report.study_findings import find_in_study
-from hf_saereg.report.study_page import StudyFacts, write_study_page
-from hf_saereg.run_folder import RUN_FILE, write_json
+from hf_saereg.run_folder import RUN_FILE
 from hf_saereg.study import Study, shard_of
-from hf_saereg.study_cells import (
-    StudyCell,
-    check_finished,
-    finished_cells,
-    is_finished,
-    is_ready,
-    transplant,
-)
-from hf_saereg.study_l0 import keep_l0, steered_trainings
+from hf_saereg.study_cells import StudyCell, check_finished, is_finished, is_ready, transplant
+from hf_saereg.study_l0 import keep_l0
+from hf_saereg.study_report import write_study
 from hf_saereg.study_settings import settings_of
-from hf_saereg.study_table import markdown, table
 
 
 @dataclass
@@ -79,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
         transplant(study, variant, seed, folder)
         if settings[variant]["targets"]:
             keep_l0(variant, seed, folder)
-    write_study(study, settings, folder)
+    write_study(study, settings, folder, folder)
 
 
 def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
@@ -104,37 +93,3 @@ def _run(study: Study, cells: list[tuple[str, int]], folder: Path) -> None:
                 f"{variant!r} at seed {seed} trains as long as a cell that another shard has not "
                 "finished; call this command again then."
             )
-
-
-def write_study(study: Study, settings: dict[str, dict], folder: Path) -> None:
-    """Write page, tables and figures about the cells that are finished.
-
-    Args:
-        study: what they are cells of.
-        settings: of its variants.
-        folder: of the study.
-    """
-    cells = finished_cells(study, folder)
-    rows = table(cells, study.baseline)
-    if not rows:
-        print(f"No seed of {study.baseline!r} is finished yet: nothing to compare with.")
-        return
-    found = find_in_study(cells, rows, study.baseline, settings, list(FAMILIES))
-    content = {
-        "rows": rows,
-        "settings": settings,
-        "transplanted": [
-            {"variant": cell["variant"], "seed": cell["seed"], **cell["transplanted"]}
-            for cell in cells
-            if cell["transplanted"] is not None
-        ],
-    }
-    write_json(folder / "study.json", content | found.figures())
-    (folder / "table.md").write_text(markdown(rows))
-    print(markdown(rows))
-    unfinished = [cell for cell in study.cells() if not is_finished(folder, *cell)]
-    command = ["saereg", "compare", str(study.path), "--output_dir", str(folder)]
-    facts = StudyFacts(study.path, study.seeds, unfinished, command)
-    steered = steered_trainings(study, settings, folder)
-    page = write_study_page(found, settings, facts, steered, folder)
-    print(f"{found.recommendation.sentence}\nOpen {page}")

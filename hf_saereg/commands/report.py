@@ -5,6 +5,7 @@
 Notable:
 - a run is a folder with a `results.json`, of `saereg sweep` or of a training recipe; what
   `saereg quality` left there is shown too
+- the folder of a study, given alone, gets the page of the study again, from its finished cells
 - beside the page: `figures/` with every figure as PNG and SVG, and `tensorboard/` with them all
 - the run of a training recipe, given alone, gets the page of a comparison; anything else a page
   with every model side by side
@@ -18,13 +19,16 @@ from hf_saereg.options import parse_options
 from hf_saereg.report import ReportError, write_report, write_swept_report
 from hf_saereg.report.results import read_json
 from hf_saereg.report.swept import RESULTS_FILE
+from hf_saereg.study_report import is_study, rewrite_study
 
 
 @dataclass
 class ReportArguments:
     """Options of the report."""
 
-    runs: list[str] = field(metadata={"help": "Folders with a results.json."})
+    runs: list[str] = field(
+        metadata={"help": "Folders with a results.json, or the one of a study."}
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the page; that of the run where there is one."}
     )
@@ -43,8 +47,14 @@ def main(words: Sequence[str]) -> None:
     (arguments,) = parse_options(ReportArguments, arguments=words)
     folders = [Path(run).expanduser() for run in arguments.runs]
     output_dir = folders[0] if arguments.output_dir is None else Path(arguments.output_dir)
-    page = _write(folders, output_dir)
-    print(f"Open {page.resolve()}")
+    if studies := [folder for folder in folders if is_study(folder)]:
+        if len(folders) > 1:
+            raise ReportError(
+                f"{studies[0]} is a study, which has a page of its own; report it alone."
+            )
+        rewrite_study(studies[0], output_dir)
+        return
+    print(f"Open {_write(folders, output_dir).resolve()}")
 
 
 def _write(folders: list[Path], output_dir: Path) -> Path:

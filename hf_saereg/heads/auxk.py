@@ -4,7 +4,7 @@ See: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.0
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,26 @@ if TYPE_CHECKING:
     from hf_saereg.heads.base import SAEHead
 
 
-def auxk_loss(head: "SAEHead", centred: Tensor, error: Tensor) -> Tensor:
+class DeadReaders(NamedTuple):
+    """What dead latents read and write with.
+
+    Attributes:
+        W_enc: (d_in, d_sae).
+        b_enc: (d_sae,).
+        W_dec: (d_sae, d_in).
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+
+
+def auxk_loss(head: "SAEHead", own: DeadReaders, centred: Tensor, error: Tensor) -> Tensor:
     """α ‖e − ê‖², ê from the `auxk` largest dead latents of each token, () and a sum over tokens.
 
     Args:
-        head: with `auxk` above 0.
+        head: with `auxk` above 0; it tells which latents are dead.
+        own: its weights, as the tensors that the gradients are to reach.
         centred: (tokens, d_in) what its encoder reads, `b_dec` subtracted.
         error: (tokens, d_in) e = x − x̂, detached.
 
@@ -33,12 +48,12 @@ def auxk_loss(head: "SAEHead", centred: Tensor, error: Tensor) -> Tensor:
         return error.new_zeros(())
     k = min(head.config.auxk, len(dead))
     selection = LargestK(k)
-    weight, bias = head.encoder_weight.index_select(1, dead), head.encoder_bias[dead]
-    W_dec, origin = head.W_dec.index_select(0, dead), torch.zeros_like(head.b_dec)
-    kernel = kernels.pick(head.kernel, k / len(dead), weight)
+    W_enc, b_enc = own.W_enc.index_select(1, dead), own.b_enc[dead]
+    W_dec, origin = own.W_dec.index_select(0, dead), torch.zeros_like(error[0])
+    kernel = kernels.pick(head.kernel, k / len(dead), W_enc)
 
     def one_pass(centred: Tensor) -> tuple[Tensor]:
-        codes = kernel.encode(centred, weight, bias, selection)
+        codes = kernel.encode(centred, W_enc, b_enc, selection)
         return (kernel.decode(torch.relu(codes.pre), codes, W_dec, origin),)
 
     if kernel is kernels.dense:

@@ -25,7 +25,7 @@ from torch.nn.functional import mse_loss
 
 from hf_saereg import kernels
 from hf_saereg.checkpoint import find_heads
-from hf_saereg.heads.auxk import auxk_loss
+from hf_saereg.heads.auxk import DeadReaders, auxk_loss
 from hf_saereg.heads.config import HeadConfigError, SAEHeadConfig
 from hf_saereg.heads.controller import FIRST_COEFFICIENT, steer
 from hf_saereg.heads.statistics import Reconstruction, SAELosses, SiteStatistics
@@ -327,7 +327,8 @@ class SAEHead(nn.Module, ABC):
         read_hat, sparsity, auxiliary, fired = one_pass(read.x, centred)
         squared_error = mse_loss(read_hat, read.x, reduction="sum")
         if self.config.auxk and self.training:
-            auxiliary = auxiliary + auxk_loss(self, centred, (read.x - read_hat).detach())
+            own = DeadReaders(self.encoder_weight, self.encoder_bias, self.W_dec)
+            auxiliary = auxiliary + auxk_loss(self, own, centred, (read.x - read_hat).detach())
         raw, x_hat, raw_error = read.x is x, read_hat, squared_error
         if not raw:
             x_hat = read_hat * read.scale + read.shift

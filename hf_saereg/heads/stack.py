@@ -3,7 +3,7 @@
 Notable:
 - the wide head has the latents of all heads, one head after the other; what a family computes
   concerns one latent each, so it computes the same of a wide head; only the two products, in which
-  a head meets its own tokens alone, have a kernel of their own
+  a head meets its own tokens alone, have a kernel of their own, and AuxK goes from head to head
 - the heads' parameters become views of the wide head's: an optimizer of those moves both, and
   whatever reads, saves or loads the heads needs to know nothing of this
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hf_saereg import kernels
+from hf_saereg.heads.auxk import DeadReaders, auxk_loss
 from hf_saereg.heads.base import DENSITY_SAMPLE, SAEHead
 from hf_saereg.kernels.codes import Codes, LargestK, Selection
 
@@ -30,7 +31,7 @@ class StackLosses(NamedTuple):
     """One pass of all heads.
 
     Attributes:
-        total: () R + S of every head, means over tokens, summed over heads.
+        total: () R + S + A of every head, means over tokens, summed over heads.
         fired: (heads, d_sae) tokens on which each latent was active.
         tokens: () of each head.
     """
@@ -67,7 +68,6 @@ class HeadStack:
         config = configs[0]
         return (
             heads[0].stackable
-            and config.auxk == 0
             and config.normalization not in ("layer_norm", "variance")
             and len(heads) * tokens * config.d_sae <= LARGEST
         )
@@ -110,10 +110,26 @@ class HeadStack:
         sparsity = self._by_head(wide.sparsity(codes, values), codes) / tokens
         costs = zip(self.heads, sparsity.unbind(), strict=True)
         total = total + torch.stack([head.sparsity_loss(mean) for head, mean in costs]).sum()
+        if wide.config.auxk:
+            total = total + self._auxk(centred, (x - x_hat).detach()) / tokens
         fired = codes.counts(values.detach() != 0, wide.config.d_sae)
         return StackLosses(
             total, fired.view(len(self.heads), -1), torch.tensor(x.shape[1], device=x.device)
         )
+
+    def _auxk(self, centred: Tensor, error: Tensor) -> Tensor:
+        """() sum of AuxK's losses: few latents are dead, another number of each head."""
+        wide, heads = self.wide, len(self.heads)
+        readers = zip(
+            wide.encoder_weight.chunk(heads, dim=1),
+            wide.encoder_bias.chunk(heads),
+            wide.W_dec.chunk(heads),
+            strict=True,
+        )
+        each = zip(self.heads, readers, centred, error, strict=True)
+        return torch.stack(
+            [auxk_loss(head, DeadReaders(*own), tokens, lost) for head, own, tokens, lost in each]
+        ).sum()
 
     def _by_head(self, elements: Tensor, codes: Codes) -> Tensor:
         """(heads,) sums of what concerns one latent of one token each; () is 0."""

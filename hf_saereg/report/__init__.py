@@ -1,10 +1,11 @@
 """From `results.json` to figures and a page: what regularization bought, and what it cost.
 
     results.json -> results -> verdict -> findings -> page <- figures        of a comparison
-    results.json… -> swept -> swept_page <- swept_figures                    of any models
+    results.json… -> swept -> swept_curves -> swept_page <- swept_figures    of any models
     run.json, results.json -> tuned                                          of fine-tunings
-    cell.json… -> study_curves -> study_statistics, study_verdict, study_tables
-               -> study_findings -> study_page <- trade_off, l0_curves       of a study
+    cell.json… -> study_models -> study_curves
+               -> study_statistics, study_verdict, study_tables -> study_findings
+               -> study_page <- trade_off, l0_curves, study_figures          of a study
 
 What is notable:
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hf_saereg.report.canvas import Style, settings
+from hf_saereg.report.canvas import Style, legend_columns, settings
 
 BAR_SPACE = 0.8  # of the distance between two groups of bars
 FLAT_CHARACTERS = 45  # of labels that stand side by side under half a page's width
@@ -55,13 +55,15 @@ def draw_bar_panels(
             unused.set_axis_off()
         figure.supylabel("CE increase, nats a token")
         handles = [Patch(color=colour(style, i), label=name) for i, name in enumerate(models)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(models), 3))
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=legend_columns(models, style)
+        )
     return figure
 
 
 def _draw(panel: BarPanel, axes: Axes, colours: Sequence[str], style: Style) -> None:
     width = BAR_SPACE / len(panel.heights)
-    values_fit = len(panel.labels) * len(panel.heights) <= (6 if style.phone else 12)
+    values_fit = len(panel.labels) * len(panel.heights) <= (6 if style.phone else 8)
     for i, (heights, colour) in enumerate(zip(panel.heights, colours, strict=True)):
         for group, height in enumerate(heights):
             if height is None:

@@ -139,6 +139,19 @@ def panels(sites: Sequence[str], style: Style) -> tuple[Figure, dict[str, Axes]]
     return figure, dict(zip(sites, axes, strict=False))
 
 
+def legend_columns(labels: Sequence[str], style: Style) -> int:
+    """How many entries of a legend stand side by side without leaving the figure.
+
+    Args:
+        labels: of the entries.
+        style: theme and width.
+    """
+    characters = 54 if style.phone else 118  # in a line as wide as the figure
+    handle = 9  # as wide as so many characters, with the space around it
+    fitting = characters // (max(map(len, labels)) + handle)
+    return max(1, min(fitting, len(labels), 2 if style.phone else 4))
+
+
 def scale_l0_axis(axes: Axes, style: Style) -> None:
     """L0 across on a log scale with plain numbers, CE increase upwards from zero."""
     axes.set_xscale("log")

@@ -21,12 +21,12 @@ from hf_saereg.report.canvas import (
     Style,
     panels,
     scale_l0_axis,
-    set_limits_from_zero,
     settings,
     site_label,
 )
 from hf_saereg.report.densities import DensityCurve, draw_density_panel, nearest_to_wanted
 from hf_saereg.report.findings import BARS_AT, SUM_L0, l0_text
+from hf_saereg.report.norms import NormLine, draw_norm_lines
 from hf_saereg.report.results import COTRAINED, MODELS, Results
 from hf_saereg.report.verdict import (
     Comparison,
@@ -111,24 +111,11 @@ def draw_ce(results: Results, style: Style) -> Figure:
 
 def draw_norms(results: Results, style: Style) -> Figure:
     """Draw the mean norm of the residual stream at each site."""
-    positions = range(len(results.sites))
-    with settings(style):
-        figure = Figure((style.width, 3.1 if style.phone else 3.3), layout="constrained")
-        axes = figure.subplots()
-        for model, baseline in zip(MODELS, results.baselines, strict=True):
-            norms = [baseline.residual_norm[site] for site in results.sites]
-            colour = style.theme.of(model)
-            axes.plot(positions, norms, color=colour, marker=".", markersize=9, label=model)
-        labels = [site_label(site) for site in results.sites]
-        if style.phone or len(labels) > 8:
-            axes.set_xticks(positions, labels, rotation=40, ha="right", rotation_mode="anchor")
-        else:
-            axes.set_xticks(positions, labels)
-        axes.set_ylabel("mean ‖x‖₂")
-        set_limits_from_zero(axes)
-        axes.grid(visible=False, axis="x")
-        figure.legend(handles=model_handles(style), loc="outside upper left", ncols=2)
-    return figure
+    lines = [
+        NormLine(model, style.theme.of(model), [baseline.residual_norm[s] for s in results.sites])
+        for model, baseline in zip(MODELS, results.baselines, strict=True)
+    ]
+    return draw_norm_lines(results.sites, lines, style)
 
 
 def draw_bars(results: Results, style: Style) -> Figure:

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hf_saereg.report.convergence import Convergence
 from hf_saereg.report.results import FRESH, MODELS, Results
 from hf_saereg.report.verdict import (
     Comparison,
-    Convergence,
     Outcome,
     PointComparison,
     compare_compound,
@@ -21,7 +21,6 @@ from hf_saereg.report.verdict import (
     measure_convergence,
 )
 
-SETTLED = 0.10  # movement of a CE increase up to which it counts as settled
 BARS_AT = 50  # of the published bars; the nearest L0 that all models reached is shown
 SUM_L0 = "Σ\N{NO-BREAK SPACE}L0"
 EQUAL_CE = 0.0005  # nats; what rounds to 0.000 is not called a difference
@@ -131,8 +130,8 @@ def find(results: Results) -> Findings:
         headline=_headline(results, compound),
         worse=_worse(results, comparisons),
         convergence=convergence,
-        unsettled=[found for found in convergence if found.mean > SETTLED],
-        loose=[found for found in convergence if found.compound > SETTLED],
+        unsettled=[found for found in convergence if not found.is_settled],
+        loose=[found for found in convergence if not found.is_settled_at_once],
         overfitting=_overfitting(results),
         readings=_readings(results, comparisons),
         descriptions=_descriptions(results, compound, sites),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_saereg.errors import UserError
+from hf_saereg.report.convergence import SETTLED
 from hf_saereg.report.findings import l0_text, signed
 
 if TYPE_CHECKING:  # it imports matplotlib
@@ -127,6 +128,7 @@ def render_template(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["settled"] = SETTLED
     environment.filters.update(
         signed=signed,
         l0=l0_text,

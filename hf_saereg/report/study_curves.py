@@ -11,12 +11,20 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hf_saereg.report.results import COTRAINED, FRESH
-from hf_saereg.report.verdict import Curve, CurvePoint, relative_movement, shared_range
+from hf_saereg.report.convergence import Convergence
+from hf_saereg.report.study_models import Cell, MeasuredCell, read_cells, variant_models
+from hf_saereg.report.swept import ScoredModel, SweptHead, SweptSet
+from hf_saereg.report.swept_curves import (
+    Variant,
+    cotrained,
+    curve_of,
+    fresh,
+    variant_convergence,
+    variants,
+)
+from hf_saereg.report.verdict import Curve, shared_range
 
-Cell = Mapping[str, Any]
 BySeed = dict[int, Curve]
 
 
@@ -28,10 +36,10 @@ class MeasuredStudy:
         baseline: the variant that the others are compared with.
         eval_ce: validation CE by variant and seed, in nats a token.
         train_seconds: of the model's training, by variant and seed.
+        models: a variant each, with the SAEs of all its seeds.
         compound: curves over Σ L0 by fresh family, variant and seed.
         sites: curves over L0 by fresh family, site, variant and seed.
-        movements: by fresh family, how far every SAE's CE increase moved over the second half of
-            its training, relative.
+        convergence: how settled each variant's fresh SAEs are, family by family.
         sum_l0: by fresh family, the Σ L0 that is compared at; None where the baseline's seeds share
             none.
     """
@@ -39,9 +47,10 @@ class MeasuredStudy:
     baseline: str
     eval_ce: dict[str, dict[int, float]]
     train_seconds: dict[str, dict[int, float]]
+    models: list[ScoredModel]
     compound: dict[str, dict[str, BySeed]]
     sites: dict[str, dict[str, dict[str, BySeed]]]
-    movements: dict[str, list[float]]
+    convergence: list[Convergence]
     sum_l0: dict[str, float | None]
 
     @classmethod
@@ -51,36 +60,31 @@ class MeasuredStudy:
         Args:
             cells: contents of `cell.json` files.
             baseline: name of the first variant.
+
+        Raises:
+            ReportError: if one lacks a key, or holds what it must not, such as a NaN.
         """
-        cells = list(cells)
-        seeds = {cell["seed"] for cell in cells if cell["variant"] == baseline}
-        cells = [cell for cell in cells if cell["seed"] in seeds]
+        read = read_cells(cells)
+        seeds = {cell.seed for cell in read if cell.variant == baseline}
+        read = [cell for cell in read if cell.seed in seeds]
+        models = variant_models(read)
         eval_ce: dict[str, dict[int, float]] = {}
         train_seconds: dict[str, dict[int, float]] = {}
+        for cell in read:
+            eval_ce.setdefault(cell.variant, {})[cell.seed] = cell.figures.eval_ce
+            train_seconds.setdefault(cell.variant, {})[cell.seed] = cell.figures.train_seconds
         compound: dict[str, dict[str, BySeed]] = {}
         sites: dict[str, dict[str, dict[str, BySeed]]] = {}
-        movements: dict[str, list[float]] = {}
-        for cell in cells:
-            variant, seed = cell["variant"], cell["seed"]
-            eval_ce.setdefault(variant, {})[seed] = cell["figures"]["eval_ce"]
-            train_seconds.setdefault(variant, {})[seed] = cell["figures"]["train_seconds"]
-        for label, (family, size) in _families(cells).items():
-            for cell in cells:
-                variant, seed = cell["variant"], cell["seed"]
-                own = [r for r in cell["scores"]["compound"] if _is(r, family, size)]
-                if not own:
-                    continue
-                by_variant = compound.setdefault(label, {})
-                by_variant.setdefault(variant, {})[seed] = _curve(own, "sum_l0")
-                singles = [r for r in cell["scores"]["rows"] if _is(r, family, size)]
-                movements.setdefault(label, []).extend(_movement(row) for row in singles)
-                for site in dict.fromkeys(row["site"] for row in singles):
-                    curve = _curve([row for row in singles if row["site"] == site], "l0")
-                    by_site = sites.setdefault(label, {}).setdefault(site, {})
-                    by_site.setdefault(variant, {})[seed] = curve
-        wanted = _trained_sum_l0(cells)
+        settling: list[Convergence] = []
+        for label, own in _labelled(variants(models)).items():
+            compound[label] = _by_variant_and_seed(read, own)
+            for site in dict.fromkeys(site for model in models for site in model.sites):
+                sites.setdefault(label, {})[site] = _by_variant_and_seed(read, own, site)
+            found = (variant_convergence(model, own) for model in models)
+            settling += [each._replace(family=label) for each in found if each is not None]
+        wanted = _trained_sum_l0(models)
         sum_l0 = {label: stated_l0(own, baseline, wanted) for label, own in compound.items()}
-        return cls(baseline, eval_ce, train_seconds, compound, sites, movements, sum_l0)
+        return cls(baseline, eval_ce, train_seconds, models, compound, sites, settling, sum_l0)
 
     @property
     def variants(self) -> list[str]:
@@ -170,34 +174,27 @@ def stated_l0(
     )
 
 
-def _trained_sum_l0(cells: Sequence[Cell]) -> float | None:
+def _trained_sum_l0(models: Sequence[ScoredModel]) -> float | None:
     """Median Σ L0 of the co-trained heads, at which the models were regularized."""
-    rows = [row for cell in cells for row in cell["scores"]["compound"]]
-    found = [row["sum_l0"] for row in rows if row["source"] == COTRAINED and row["sum_l0"] > 0]
+    sets = (row for model in models for row in cotrained(model.sets))
+    found = [row.sum_l0 for row in sets if row.sum_l0 > 0]
     return statistics.median(found) if found else None
 
 
-def _families(cells: Sequence[Cell]) -> dict[str, tuple[str, int | str]]:
-    """Family and size of the fresh SAEs by label; the size is in it where a family has several."""
-    rows = [row for cell in cells for row in cell["scores"]["compound"] if row["source"] == FRESH]
-    found = list(dict.fromkeys((row["family"], row["d_sae"]) for row in rows))
-    families = [family for family, _ in found]
-    return {
-        family if families.count(family) == 1 else f"{family}, d_sae {size}": (family, size)
-        for family, size in found
-    }
+def _labelled(found: Sequence[Variant]) -> dict[str, Variant]:
+    """Fresh SAEs by name: their family, with the size where it comes in several."""
+    families = [own.family for own in found]
+    return {own.family if families.count(own.family) == 1 else own.label: own for own in found}
 
 
-def _is(row: Mapping[str, Any], family: str, size: int | str) -> bool:
-    fits = row["d_sae"] == size
-    if "site" in row and isinstance(size, str):
-        fits = str(row["d_sae"]) in size.split("-")  # a head has the size of its own site
-    return row["source"] == FRESH and row["family"] == family and fits
-
-
-def _curve(rows: Iterable[Mapping[str, Any]], l0: str) -> Curve:
-    return Curve.through(CurvePoint(row[l0], row["ce_increase"], _movement(row)) for row in rows)
-
-
-def _movement(row: Mapping[str, Any]) -> float:
-    return relative_movement(row["ce_increase_at_half"], row["ce_increase"])
+def _by_variant_and_seed(
+    cells: Sequence[MeasuredCell], fresh_saes: Variant, site: str | None = None
+) -> dict[str, BySeed]:
+    curves: dict[str, BySeed] = {}
+    for cell in cells:
+        rows: Iterable[SweptHead | SweptSet] = cell.scores.compound
+        if site is not None:
+            rows = [row for row in cell.scores.rows if row.site == site]
+        if own := fresh(rows, fresh_saes):
+            curves.setdefault(cell.variant, {})[cell.seed] = curve_of(own)
+    return curves

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_saereg.report.study_curves import Cell, MeasuredStudy
+from hf_saereg.report.study_curves import MeasuredStudy
+from hf_saereg.report.study_models import Cell
 from hf_saereg.report.study_statistics import (
     CONFIDENCE,
     AgainstBaseline,
@@ -14,12 +15,10 @@ from hf_saereg.report.study_statistics import (
 )
 from hf_saereg.report.study_tables import (
     Cost,
-    FamilyMovement,
     MatrixCell,
     Transplanted,
     costs,
     matrix,
-    movements,
     transplanted,
 )
 from hf_saereg.report.study_verdict import Recommendation, recommend
@@ -35,9 +34,9 @@ class StudyFindings:
         matrix: regularizers × fresh families.
         sites: every variant, site and fresh family against the baseline.
         recommendation: with the gains and the controls.
-        movements: of fresh SAEs.
         costs: of training.
         transplanted: co-trained heads on the baseline.
+        norms: mean ‖x‖₂ a site by variant, means over seeds.
     """
 
     measured: MeasuredStudy
@@ -45,9 +44,9 @@ class StudyFindings:
     matrix: list[MatrixCell]
     sites: list[SiteChange]
     recommendation: Recommendation
-    movements: list[FamilyMovement]
     costs: list[Cost]
     transplanted: list[Transplanted]
+    norms: dict[str, list[float]]
 
     def figures(self) -> dict[str, Any]:
         """JSON-serialisable, for `study.json`."""
@@ -58,7 +57,7 @@ class StudyFindings:
             "matrix": [asdict(cell) for cell in self.matrix],
             "sites": [asdict(change) for change in self.sites],
             "recommendation": asdict(self.recommendation),
-            "movement": [asdict(movement) for movement in self.movements],
+            "convergence": [own._asdict() for own in self.measured.convergence],
             "costs": [asdict(cost) for cost in self.costs],
         }
 
@@ -89,7 +88,7 @@ def find_in_study(
         matrix(study, settings, families),
         site_changes(study),
         recommend(study, settings),
-        movements(study),
         costs(cells, rows, settings),
         transplanted(cells),
+        {row["variant"]: row["norms"] for row in rows},
     )

@@ -19,8 +19,10 @@ from hf_saereg.report.study_findings import StudyFindings
 from hf_saereg.report.study_statistics import SiteChange
 from hf_saereg.report.study_tables import MatrixCell, tallies
 from hf_saereg.report.study_verdict import interval_text, stated_text
+from hf_saereg.report.swept import ScoredModel
 from hf_saereg.study_l0 import SteeredTraining
 
+DRAWN = 6  # variants, as many as there are colours
 DOUBTED_SITE = "blocks.3.hook_resid_pre"  # where the published post found the gain unreliable
 
 
@@ -65,6 +67,7 @@ def write_study_page(
     require_extra(*PAGE_MODULES)
     from hf_saereg.report.events import Drawn, write_events
     from hf_saereg.report.l0_curves import draw_l0_curves, l0_caption
+    from hf_saereg.report.study_figures import VariantNorms, draw_ce, draw_norms, sae_figures
     from hf_saereg.report.trade_off import TradeOff, draw_trade_off, drawn_families
 
     shown = TradeOff(found.measured, settings)
@@ -75,6 +78,19 @@ def write_study_page(
     if steered:
         figures["l0"] = Drawn(draw_l0_curves, steered)
         words["l0"] = l0_caption(steered)
+    models = drawn_models(found)
+    trained = {name: found.measured.eval_ce[name] for name in shown.variants}
+    norms = {model.label: found.norms[model.label] for model in models}
+    curves, curve_words = sae_figures(models)
+    curves |= {
+        "ce": Drawn(draw_ce, trained),
+        "norms": Drawn(draw_norms, VariantNorms(models[0].sites, norms)),
+    }
+    figures |= curves
+    words |= curve_words | {
+        "ce": ce_caption(found, trained),
+        "norms": norms_caption(models[0].sites, norms),
+    }
     pictures = draw_pictures(figures, words, output_dir / "figures")
     write_events(figures, output_dir / "tensorboard")
     page = output_dir / "index.html"
@@ -92,7 +108,8 @@ def write_study_page(
         tallies={pair: tally_text(tally) for pair, tally in tallies(found.sites).items()},
         doubted=doubted(found.sites),
         doubted_site=DOUBTED_SITE,
-        flagged=[movement for movement in found.movements if movement.is_flagged],
+        curves=list(curves),
+        shown_words=shown_words(found, models),
         interval=lambda found, digits=3: "–" if found is None else interval_text(found, digits),
         ratio=lambda found: "–" if found is None else f"× {math.exp(found.mean):.2f}",
     )
@@ -140,6 +157,65 @@ def trade_off_caption(
         f"points.{bars}{absent}",
         f"A panel a family of fresh SAEs, {listed(drawn)}, with the compound CE increase at the "
         f"stated {SUM_L0} over the validation CE. {'. '.join(points)}.",
+    )
+
+
+def drawn_models(found: StudyFindings) -> list[ScoredModel]:
+    """As many variants as can be told apart: baseline, recommended one, controls, largest gains.
+
+    Args:
+        found: all that is said.
+    """
+    gains = [own for own in found.recommendation.gains if own.gain is not None]
+    order = [found.measured.baseline, found.recommendation.variant]
+    order += [own.variant for own in found.recommendation.gains if own.control]
+    order += [own.variant for own in sorted(gains, key=lambda own: -own.gain.mean)]
+    order += found.measured.variants
+    chosen = list(dict.fromkeys(name for name in order if name is not None))[:DRAWN]
+    return [model for model in found.measured.models if model.label in chosen]
+
+
+def shown_words(found: StudyFindings, models: Sequence[ScoredModel]) -> str:
+    """Which variants the curves show, and why these."""
+    if len(models) == len(found.measured.variants):
+        return "All variants, at all of their seeds: a curve goes through the means over seeds."
+    return (
+        f"{len(models)} of {len(found.measured.variants)} variants, as more could not be told "
+        "apart: the baseline, what is recommended, the controls, and the largest gains after them. "
+        "A curve goes through the means over seeds; the numbers of all variants are in the tables."
+    )
+
+
+def ce_caption(found: StudyFindings, eval_ce: Mapping[str, Mapping[int, float]]) -> Caption:
+    """The words of the figure of CE, from the numbers that it draws.
+
+    Args:
+        found: all that is said.
+        eval_ce: validation CE by variant and seed, of the variants that are drawn.
+    """
+    means = [f"{name} {statistics.fmean(own.values()):.3f}" for name, own in eval_ce.items()]
+    absent = [name for name in found.measured.variants if name not in eval_ce]
+    left_out = f" Not drawn, as far above: {listed(absent)}." if absent else ""
+    return Caption(
+        "Validation CE",
+        f"Lower is better. Points are seeds, a stroke with a number is their mean.{left_out}",
+        f"A line a variant with its validation CE, means over seeds: {'; '.join(means)}.",
+    )
+
+
+def norms_caption(sites: Sequence[str], norms: Mapping[str, Sequence[float]]) -> Caption:
+    """The words of the figure of norms, from the numbers that it draws.
+
+    Args:
+        sites: hook names.
+        norms: mean ‖x‖₂ a site, by variant.
+    """
+    lines = [f"{name} {', '.join(f'{norm:.2f}' for norm in own)}" for name, own in norms.items()]
+    return Caption(
+        "Mean norm of the residual stream",
+        "At the end of training, means over seeds; the scale is free, since every site is read "
+        "through a layer norm.",
+        f"Lines over the sites {', '.join(sites)}: {'; '.join(lines)}.",
     )
 
 

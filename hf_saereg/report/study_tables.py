@@ -1,4 +1,4 @@
-"""A study's other tables: regularizer × fresh family, costs, movement, transplanted heads."""
+"""A study's other tables: regularizer × fresh family, costs, transplanted heads."""
 
 import math
 import statistics
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_saereg.report.results import COTRAINED
-from hf_saereg.report.study_curves import Cell, MeasuredStudy, at_equal_l0
+from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0
+from hf_saereg.report.study_models import Cell
 from hf_saereg.report.study_statistics import SiteChange
-from hf_saereg.report.swept_page import SETTLED
 from hf_saereg.report.verdict import Outcome
 
 NOT_RUN, NOT_REACHED = "not run", "not reached"
@@ -57,23 +57,6 @@ class Cost:
     relative_time: float
     tokens_per_second: float | None
     flops_per_token: float
-
-
-@dataclass(frozen=True)
-class FamilyMovement:
-    """How far fresh SAEs still moved over the second half of their training.
-
-    Attributes:
-        fresh: their family.
-        median: relative, over all variants, seeds, sites and sparsities.
-        largest: the largest one.
-        is_flagged: whether the median is above 5 %.
-    """
-
-    fresh: str
-    median: float
-    largest: float
-    is_flagged: bool
 
 
 @dataclass(frozen=True)
@@ -134,15 +117,6 @@ def costs(
         speed = None if None in speeds else statistics.fmean(speeds)
         flops = settings[name]["flops_per_token"]
         found.append(Cost(name, row["relative_time"], speed, flops))
-    return found
-
-
-def movements(study: MeasuredStudy) -> list[FamilyMovement]:
-    """A line a family of fresh SAEs."""
-    found = []
-    for fresh, moved in study.movements.items():
-        median = statistics.median(moved)
-        found.append(FamilyMovement(fresh, median, max(moved), median > SETTLED))
     return found
 
 

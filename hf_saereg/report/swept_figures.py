@@ -12,6 +12,7 @@ from hf_saereg.report.canvas import (
     LINES,
     MARKERS,
     Style,
+    legend_columns,
     panels,
     scale_l0_axis,
     settings,
@@ -19,10 +20,8 @@ from hf_saereg.report.canvas import (
 )
 from hf_saereg.report.densities import DensityCurve, draw_density_panel, nearest_to_wanted
 from hf_saereg.report.findings import BARS_AT, SUM_L0, l0_text
-from hf_saereg.report.swept import (
-    SweptHead,
-    SweptModel,
-    SweptSet,
+from hf_saereg.report.swept import ScoredModel, SweptHead, SweptSet
+from hf_saereg.report.swept_curves import (
     Variant,
     at_site,
     cotrained,
@@ -32,7 +31,7 @@ from hf_saereg.report.swept import (
     variants,
 )
 
-Models = Sequence[SweptModel]
+Models = Sequence[ScoredModel]
 Drawing = Callable[[Models, Style], Figure]
 
 
@@ -113,7 +112,7 @@ def bar_panels(models: Models) -> list[BarPanel]:
     return [panel for panel in (compound, *by_variant) if panel.labels]
 
 
-def nearest_head(model: SweptModel, variant: Variant, site: str) -> SweptHead | None:
+def nearest_head(model: ScoredModel, variant: Variant, site: str) -> SweptHead | None:
     """The fresh SAE at the first seed whose L0 is nearest to 20, on a log scale."""
     rows = [row for row in fresh(at_site(model, site), variant) if row.l0 > 0]
     return nearest_to_wanted(row for row in rows if row.seed == rows[0].seed)
@@ -187,5 +186,5 @@ def _add_legend(figure: Figure, models: Models, style: Style, *, markers: bool =
     ]
     if markers and any(cotrained(model.sets) for model in models):
         handles.append(Line2D([], [], label="co-trained", **_star(style.theme.text)))
-    columns = min(len(handles), 2 if style.phone else 4)
+    columns = legend_columns([handle.get_label() for handle in handles], style)
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.2)

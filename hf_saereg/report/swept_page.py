@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from hf_saereg.report.findings import SUM_L0, l0_text, listed, signed
 from hf_saereg.report.layout import (
@@ -13,39 +12,16 @@ from hf_saereg.report.layout import (
     require_extra,
 )
 from hf_saereg.report.measured_section import quality_section
-from hf_saereg.report.swept import (
+from hf_saereg.report.swept import SweptModel, read_runs, unlike
+from hf_saereg.report.swept_curves import (
     AtEqualL0,
-    SweptModel,
     Variant,
     compare,
     fresh,
     mean_curve,
-    movement,
-    read_runs,
-    unlike,
+    variant_convergence,
     variants,
 )
-
-SETTLED = 0.05  # median movement over the second half of training up to which SAEs count as done
-
-
-class Movement(NamedTuple):
-    """How far the SAEs of one model and variant still moved.
-
-    Attributes:
-        model: its label.
-        variant: of the SAEs.
-        median: relative, over sites and sparsities.
-    """
-
-    model: str
-    variant: Variant
-    median: float
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether it is small enough to count as done."""
-        return self.median <= SETTLED
 
 
 def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
@@ -78,12 +54,7 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
     pictures = draw_pictures(figures, words, output_dir / "figures")
     write_events(figures, output_dir / "tensorboard")
     compared = {variant: compare(models, variant) for variant in variants(models)}
-    moved = [
-        Movement(model.label, variant, median)
-        for model in models
-        for variant in compared
-        if (median := movement(model, variant)) is not None
-    ]
+    measured = (variant_convergence(model, variant) for model in models for variant in compared)
     page = output_dir / "index.html"
     html = render_template(
         "swept.html.j2",
@@ -91,10 +62,9 @@ def write_swept_report(folders: Sequence[Path], output_dir: Path) -> Path:
         models=models,
         headline=headline(models, compared),
         compared=compared,
-        moved=moved,
+        convergence=[found for found in measured if found is not None],
         unlike=unlike(models),
         seeds={row.seed for model in models for row in model.sets} - {None},
-        settled=SETTLED,
         pictures=pictures,
         quality=quality,
     )

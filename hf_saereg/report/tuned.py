@@ -15,14 +15,8 @@ from typing import NamedTuple
 
 from hf_saereg.report.findings import l0_text, signed
 from hf_saereg.report.results import ReportError, read_as, read_json
-from hf_saereg.report.swept import (
-    RESULTS_FILE,
-    SweptModel,
-    compare,
-    cotrained,
-    read_runs,
-    variants,
-)
+from hf_saereg.report.swept import RESULTS_FILE, SweptModel, read_runs
+from hf_saereg.report.swept_curves import compare, cotrained, variants
 
 RUN_FILE = "run.json"
 SWEEP_FOLDER = "sweep"

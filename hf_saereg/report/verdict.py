@@ -25,10 +25,15 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
+from hf_saereg.report.convergence import (
+    SMALLEST_CE_INCREASE,
+    Convergence,
+    convergence,
+    relative_movement,
+)
 from hf_saereg.report.results import FRESH, MODELS, CompoundResult, Results, SAEResult
 
 TIE_BAND = 0.02  # the least relative difference that counts
-SMALLEST_CE_INCREASE = 0.002  # nats; below it a relative movement says nothing
 SAME_L0 = 0.02  # points closer than this, relative, are one
 
 
@@ -204,38 +209,6 @@ class Comparison:
         return PointComparison(l0, plain.ce_increase, regularized.ce_increase, relative * size)
 
 
-class Convergence(NamedTuple):
-    """How far the CE increase of fresh SAEs moved over the second half of their training.
-
-    Where a single SAE costs next to nothing, what it costs wanders by its own size, however long it
-    trains; the mean over the sites shows whether longer training still buys something.
-
-    Attributes:
-        model: whose activations they were trained on.
-        family: their family.
-        mean: relative movement of the mean over the sites, the largest over sparsities.
-        compound: the same with all sites replaced at once.
-        median: of the single SAEs, over sites and sparsities.
-        largest: the largest one of them,
-        site: where it was found,
-        sparsity: and at which k or coefficient.
-    """
-
-    model: str
-    family: str
-    mean: float
-    compound: float
-    median: float
-    largest: float
-    site: str
-    sparsity: float | str
-
-
-def relative_movement(at_half: float, final: float) -> float:
-    """Return |at_half − final| / final, with a floor under the denominator."""
-    return abs(at_half - final) / max(final, SMALLEST_CE_INCREASE)
-
-
 def site_curve(results: Results, model: str, family: str, site: str) -> Curve:
     """Return the curve of one family of fresh SAEs at one site of one model."""
     return _curve(row for row in fresh_rows(results, model, family) if row.site == site)
@@ -265,39 +238,17 @@ def compare_compound(results: Results) -> list[Comparison]:
 
 def measure_convergence(results: Results) -> list[Convergence]:
     """Measure how settled the fresh SAEs are, for each model and family that has any."""
-    return [
-        _convergence(results, model, family)
+    found = (
+        convergence(
+            model,
+            family,
+            fresh_rows(results, model, family),
+            _fresh_compound(results, model, family),
+        )
         for family in results.families
         for model in MODELS
-        if fresh_rows(results, model, family)
-    ]
-
-
-def _convergence(results: Results, model: str, family: str) -> Convergence:
-    rows = fresh_rows(results, model, family)
-    by_sparsity = defaultdict[float | str, list[SAEResult]](list)
-    for row in rows:
-        by_sparsity[row.sparsity].append(row)
-    means = [
-        relative_movement(
-            statistics.fmean(row.ce_increase_at_half for row in same),
-            statistics.fmean(row.ce_increase for row in same),
-        )
-        for same in by_sparsity.values()
-    ]
-    compound = [_movement(row) for row in _fresh_compound(results, model, family)]
-    singles = [_movement(row) for row in rows]
-    largest, farthest = max(zip(singles, rows, strict=True), key=lambda pair: pair[0])
-    return Convergence(
-        model,
-        family,
-        mean=max(means),
-        compound=max(compound),
-        median=statistics.median(singles),
-        largest=largest,
-        site=farthest.site,
-        sparsity=farthest.sparsity,
     )
+    return [own for own in found if own is not None]
 
 
 def fresh_rows(results: Results, model: str, family: str) -> list[SAEResult]:
@@ -311,16 +262,12 @@ def _fresh_compound(results: Results, model: str, family: str) -> list[CompoundR
     return [row for row in results.compound if (row.model, row.family, row.source) == wanted]
 
 
-def _movement(row: SAEResult | CompoundResult) -> float:
-    return relative_movement(row.ce_increase_at_half, row.ce_increase)
-
-
 def _curve(rows: Iterable[SAEResult | CompoundResult]) -> Curve:
     return Curve.through(
         CurvePoint(
             row.l0 if isinstance(row, SAEResult) else row.sum_l0,
             row.ce_increase,
-            _movement(row),
+            relative_movement(row.ce_increase_at_half, row.ce_increase),
         )
         for row in rows
     )
