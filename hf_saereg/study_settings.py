@@ -2,7 +2,8 @@
 
 Notable:
 - variants that differ only in one of splice_weight, reconstruction_weight and target_l0 are one
-  curve; with a spliced loss its weight comes first
+  curve; with a spliced loss its weight comes first; one that others join on a later curve keeps its
+  own, and is a point of both
 - FLOPs a token are those of `hf_saereg.flops`, every head dense: what a sparse kernel saves is not
   counted; a spliced loss passes through model and heads once more
 """
@@ -24,24 +25,26 @@ BESIDE = ("fresh_", "logging_", "save_", "fidelity_", "output_dir", "seed", "run
 def settings_of(study: Study) -> dict[str, dict[str, Any]]:
     """By variant: `model`, `family`, `control`, `flops_per_token`, `curve`, `knob`, `weight`.
 
-    Beside these `targets`, the L0s that its heads are steered to, by hook name.
+    Beside these `targets`, the L0s that its heads are steered to, by hook name, and `also`, its
+    weights on other curves, by curve.
 
     Raises:
         UserError: if the options of a variant cannot be used.
     """
     described = {name: _described(study, name) for name in study.variants}
-    open_ = [name for name, own in described.items() if own["model"] == REGULARIZED]
+    regularized = [name for name, own in described.items() if own["model"] == REGULARIZED]
+    alone = set(regularized)
     for knob in KNOBS:
         groups: dict[str, list[str]] = {}
-        for name in open_:
+        for name in regularized:
             own = described[name]["options"]
             if knob != "splice_weight" or own[knob] > 0:
                 rest = {option: value for option, value in own.items() if option != knob}
                 groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(name)
         for names in groups.values():
-            if len(names) > 1:
-                _join(described, names, knob)
-                open_ = [name for name in open_ if name not in names]
+            if len(names) > 1 and alone.intersection(names):
+                _join(described, names, knob, alone)
+                alone.difference_update(names)
     for own in described.values():
         del own["options"]
     return described
@@ -74,18 +77,25 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
         "curve": variant,
         "knob": None,
         "weight": None,
+        "also": {},
         "options": own,
     }
 
 
-def _join(described: dict[str, dict[str, Any]], names: list[str], knob: str) -> None:
+def _join(
+    described: dict[str, dict[str, Any]], names: list[str], knob: str, alone: set[str]
+) -> None:
     first = described[names[0]]
     label = f"{first['family']}, {first['options']['normalization']}"
     if first["options"]["splice_weight"]:
         label += " + spliced"
     taken = {own["curve"] for own in described.values()}
+    label = label if label not in taken else f"{label}, over {knob}"
     label = label if label not in taken else f"{label} ({names[0]})"
     for name in names:
         value = described[name]["options"][knob]
         weight = value[0] if isinstance(value, list) else value
-        described[name] |= {"curve": label, "knob": knob, "weight": weight}
+        if name in alone:
+            described[name] |= {"curve": label, "knob": knob, "weight": weight}
+        else:
+            described[name]["also"][label] = weight

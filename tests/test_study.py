@@ -13,6 +13,7 @@ from hf_saereg.commands.compare import main
 from hf_saereg.errors import UserError
 from hf_saereg.processes import ProcessesError
 from hf_saereg.study import Study, StudyError, shard_of
+from hf_saereg.study_cells import check_finished
 from hf_saereg.study_l0 import L0Curve, keep_l0, l0_curves, steered_trainings
 from hf_saereg.study_settings import settings_of
 from hf_saereg.study_table import markdown, table
@@ -245,6 +246,45 @@ def test_the_recipe_that_is_launched_twice_names_shards():
     done = start_two(recipe, "--study", "absent.yaml", timeout=600)
     assert done.returncode != 0 and "error: 2 processes were launched" in done.stderr
     assert "--shard 0 2" in done.stderr and "absent.yaml" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, options, culprit",
+    [
+        ("untrained", {"model": "plain"}, "model was 'untrained', now 'plain'"),
+        ("as long", {"model": "plain", "train_seconds_of": "sparser"}, "train_seconds_of was"),
+    ],
+)
+def test_a_finished_cell_of_another_kind_is_refused(study, tmp_path, name, options, culprit):
+    folder, *_ = study
+    variants = {**VARIANTS, "sparser": {"architecture": "topk", "k": [2]}, name: options}
+    base = str(Study.read(folder / "study.yaml").base)
+    content = {"base": base, "seeds": [0, 1], "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    changed = Study.read(tmp_path / "study.yaml")
+    assert check_finished(Study.read(folder / "study.yaml"), name, 0, folder / "out")
+    with pytest.raises(StudyError, match=culprit):
+        check_finished(changed, name, 0, folder / "out")
+
+
+def test_a_point_where_two_curves_meet_is_on_both(tmp_path):
+    base = configuration(tmp_path, max_steps=6, sparsity_coefficient=None, target_l0=[6.0])
+    variants = {
+        "plain": {"model": "plain"},
+        "weight": {"grid": {"reconstruction_weight": [1.0, 3.0]}},
+        "sparsity": {"reconstruction_weight": [3.0], "grid": {"target_l0": [[2.0], [9.0]]}},
+    }
+    content = {"base": base.name, "seeds": [0], "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    found = settings_of(Study.read(tmp_path / "study.yaml"))
+    shared = found["weight, reconstruction_weight 3.0"]
+    assert (shared["knob"], shared["weight"]) == ("reconstruction_weight", 3.0)
+    ((curve, weight),) = shared["also"].items()
+    assert weight == 6.0
+    others = [own for name, own in found.items() if name.startswith("sparsity")]
+    assert {own["curve"] for own in others} == {curve}
+    assert [own["weight"] for own in others] == [2.0, 9.0]
+    assert not found["weight, reconstruction_weight 1.0"]["also"]
 
 
 @pytest.mark.parametrize("shard", [[2, 2], [-1, 2], [0], [0, 0]])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, tallies
 from hf_saereg.report.study_verdict import recommend
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
-from hf_saereg.study_cells import finished_cells
+from hf_saereg.study_cells import check_finished, finished_cells
 from hf_saereg.study_l0 import L0Curve, SteeredTraining
 from hf_saereg.study_report import write_study
 from hf_saereg.study_settings import settings_of
@@ -45,6 +46,7 @@ from hf_saereg.study_table import table
 SITES = ["blocks.0.hook_resid_pre", DOUBTED_SITE]
 AT = {20.0: 2.0, 80.0: 0.5}  # Σ L0 → how the CE increase differs from a cell's own
 RESULTS = REPOSITORY / "recipes" / "results" / "study_normalization"
+STUDIES = [path.parent.name for path in RESULTS.parent.glob("study_*/study.json")]
 
 
 def cell(variant, seed, eval_ce, increase, families=("topk",), at=AT, half=1.0, trained=40.0):
@@ -85,7 +87,7 @@ def setting(family="topk", control=None, curve=None, weight=None):
     return {
         **{"model": "plain" if family == "none" and not control else model, "family": family},
         **{"control": control, "flops_per_token": 6e6, "curve": curve or "own"},
-        **{"knob": weight and "reconstruction_weight", "weight": weight},
+        **{"knob": weight and "reconstruction_weight", "weight": weight, "also": {}},
     }
 
 
@@ -373,6 +375,11 @@ def test_the_page_has_the_verdict_first(page):
     for said in ("“heavy” at seed 7", "0.750", "not run", "6 wins", "saereg compare &#39;a b&#39;"):
         assert said in html
     assert "One seed" not in html and "Not settled" not in html
+    text = " ".join(re.sub("<[^>]+>", " ", html).split())
+    assert "over the baseline’s: × 0.51 with fresh topk [0." in text
+    assert "does not exclude 1" not in text
+    assert "untrained topk 6 wins: it has next to nothing to lose" in text
+    assert "not in this folder any more: “heavy”." in text
 
 
 def test_the_page_is_whole(page):
@@ -439,7 +446,7 @@ def test_of_many_variants_those_that_matter_are_drawn(tmp_path):
     assert "6 of 9 variants" in page_of(cells, tmp_path, settings).read_text("utf-8")
 
 
-def test_a_study_is_reported_again_from_its_folder_alone(tmp_path, capsys):
+def test_a_study_is_reported_again_from_its_folder_alone(tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(RESULTS, folder)
     study = Study.read(REPOSITORY / "recipes" / "study_normalization.yaml")
@@ -449,13 +456,11 @@ def test_a_study_is_reported_again_from_its_folder_alone(tmp_path, capsys):
     assert (again / "index.html").read_text("utf-8") == first
     for name in ("study.json", "table.md"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
-    with pytest.raises(SystemExit):
+    with pytest.raises(ReportError, match="is a study, which has a page of its own"):
         cli.main(["report", str(folder), str(folder), "--output_dir", str(tmp_path / "both")])
-    assert "is a study, which has a page of its own; report it alone" in capsys.readouterr().err
     (folder / "study.json").write_text('{"settings": {}}')
-    with pytest.raises(SystemExit):
+    with pytest.raises(ReportError, match="has no 'study', from which a study is read again"):
         cli.main(["report", str(folder)])
-    assert "has no 'study', from which a study is read again" in capsys.readouterr().err
 
 
 def test_a_study_whose_baseline_alone_is_finished_has_a_page(tmp_path):
@@ -463,17 +468,24 @@ def test_a_study_whose_baseline_alone_is_finished_has_a_page(tmp_path):
     assert "nothing can be drawn" in html and "no regularized variant is finished" in html
 
 
-def test_the_study_in_the_repository_says_what_its_cells_do():
-    study = Study.read(REPOSITORY / "recipes" / "study_normalization.yaml")
-    cells = finished_cells(study, RESULTS)
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_in_the_repository_says_what_its_cells_do(name):
+    study = Study.read(REPOSITORY / "recipes" / f"{name}.yaml")
+    folder = REPOSITORY / "recipes" / "results" / name
+    cells = finished_cells(study, folder)
     rows, settings = table(cells, study.baseline), settings_of(study)
     found = find_in_study(cells, rows, study.baseline, settings, list(FAMILIES))
-    kept = json.loads((RESULTS / "study.json").read_text())
+    kept = json.loads((folder / "study.json").read_text())
     ours = json.loads(json.dumps(found.figures()))
     assert set(kept) == {"study", "rows", "settings", "transplanted", *ours}
     for row, expected in zip(ours["against_baseline"], kept["against_baseline"], strict=True):
         assert row["variant"] == expected["variant"]
         assert row["eval_ce"].pop("seeds") == expected["eval_ce"].pop("seeds")
         assert row["eval_ce"] == pytest.approx(expected["eval_ce"])
+    for cell_, expected in zip(ours["matrix"], kept["matrix"], strict=True):
+        assert cell_ == pytest.approx(expected)
     assert ours["recommendation"]["sentence"] == kept["recommendation"]["sentence"]
-    assert len(rows) == 7 and (RESULTS / "index.html").is_file()
+    assert ours["sum_l0"] == pytest.approx(kept["sum_l0"])
+    assert [row["variant"] for row in rows] == [row["variant"] for row in kept["rows"]]
+    assert all(check_finished(study, cell_["variant"], cell_["seed"], folder) for cell_ in cells)
+    assert (folder / "index.html").is_file()

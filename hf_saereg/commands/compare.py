@@ -22,7 +22,7 @@ from hf_saereg.options import parse_options
 from hf_saereg.processes import refuse_several_processes
 from hf_saereg.report.layout import PAGE_MODULES, require_extra
 from hf_saereg.run_folder import RUN_FILE
-from hf_saereg.study import Study, shard_of
+from hf_saereg.study import REGULARIZED, Study, shard_of
 from hf_saereg.study_cells import StudyCell, check_finished, is_finished, is_ready, transplant
 from hf_saereg.study_l0 import keep_l0
 from hf_saereg.study_report import write_study
@@ -65,7 +65,13 @@ def main(words: Sequence[str] | None = None) -> None:
     cells = shard_of(study.cells_of(arguments.only), arguments.shard)
     _run(study, cells, folder)
     for variant, seed in cells:
-        transplant(study, variant, seed, folder)
+        scored = transplant(study, variant, seed, folder)
+        has_heads = study.model_of(variant) == REGULARIZED
+        if has_heads and variant != study.baseline and not scored:
+            print(
+                f"The heads of {variant!r} at seed {seed} are not scored on {study.baseline!r}: "
+                "one of the two is unfinished, or its weights are gone."
+            )
         if settings[variant]["targets"]:
             keep_l0(variant, seed, folder)
     write_study(study, settings, folder, folder)

@@ -18,7 +18,7 @@ from hf_saereg.report.layout import (
 from hf_saereg.report.study_findings import StudyFindings
 from hf_saereg.report.study_statistics import SiteChange
 from hf_saereg.report.study_tables import MatrixCell, tallies
-from hf_saereg.report.study_verdict import interval_text, stated_text
+from hf_saereg.report.study_verdict import REGULARIZED, UNTRAINED, interval_text, stated_text
 from hf_saereg.report.swept import ScoredModel
 from hf_saereg.study_l0 import SteeredTraining
 
@@ -105,7 +105,10 @@ def write_study_page(
         pictures=pictures,
         matrix=_by_row(found.matrix),
         columns=list(dict.fromkeys((cell.fresh, cell.sum_l0) for cell in found.matrix)),
+        by_family=by_family(found),
         tallies={pair: tally_text(tally) for pair, tally in tallies(found.sites).items()},
+        untrained=[own.variant for own in found.recommendation.gains if own.control == UNTRAINED],
+        not_transplanted=not_transplanted(found, settings),
         doubted=doubted(found.sites),
         doubted_site=DOUBTED_SITE,
         curves=list(curves),
@@ -158,6 +161,43 @@ def trade_off_caption(
         f"A panel a family of fresh SAEs, {listed(drawn)}, with the compound CE increase at the "
         f"stated {SUM_L0} over the validation CE. {'. '.join(points)}.",
     )
+
+
+def by_family(found: StudyFindings) -> str:
+    """What the recommended variant does to each family of fresh SAEs alone; empty without one.
+
+    Args:
+        found: all that is said.
+    """
+    own = [row for row in found.against if row.variant == found.recommendation.variant]
+    parts = []
+    for fresh, change in own[0].compound.items() if own else ():
+        ratio = change.log_ratio
+        if ratio is None:
+            parts.append(f"fresh {fresh} {change.reason}")
+            continue
+        part = f"× {math.exp(ratio.mean):.2f} with fresh {fresh}"
+        if ratio.low is not None:
+            part += f" [{math.exp(ratio.low):.2f}, {math.exp(ratio.high):.2f}]"
+            if ratio.low <= 0 <= ratio.high:
+                part += ", which alone does not exclude 1"
+        parts.append(part)
+    return f"Its compound CE increase, over the baseline’s: {'; '.join(parts)}." if parts else ""
+
+
+def not_transplanted(found: StudyFindings, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Regularized variants whose co-trained heads were not scored on the baseline.
+
+    Args:
+        found: all that is said.
+        settings: of `hf_saereg.study_settings`.
+    """
+    done = {own.variant for own in found.transplanted}
+    return [
+        name
+        for name in found.measured.variants
+        if settings[name]["model"] == REGULARIZED and name not in {found.measured.baseline, *done}
+    ]
 
 
 def drawn_models(found: StudyFindings) -> list[ScoredModel]:

@@ -43,6 +43,11 @@ class TradeOff(NamedTuple):
         """Finished ones that were trained."""
         return [name for name in self.study.variants if self.settings[name]["control"] != UNTRAINED]
 
+    def weights(self, variant: str) -> dict[str, float | None]:
+        """By curve that a variant is a point of, its weight; None where it stands alone."""
+        own = self.settings[variant]
+        return {own["curve"]: own["weight"], **own["also"]}
+
 
 class Place(NamedTuple):
     """One variant in one panel.
@@ -93,7 +98,7 @@ def places(shown: TradeOff, fresh: str) -> list[Place]:
 def draw_trade_off(shown: TradeOff, style: Style) -> Figure:
     """Draw a panel per fresh family, one colour and line per curve of weights."""
     families = drawn_families(shown)
-    curves = list(dict.fromkeys(shown.settings[name]["curve"] for name in shown.variants))
+    curves = list(dict.fromkeys(curve for name in shown.variants for curve in shown.weights(name)))
     # colours repeat after six, and then with other markers
     looks = {
         curve: (i, MARKERS[(i + i // len(MARKERS)) % len(MARKERS)])
@@ -131,8 +136,9 @@ def _draw_panel(
 ) -> None:
     found = places(shown, fresh)
     for curve, (i, marker) in looks.items():
-        own = [place for place in found if shown.settings[place.variant]["curve"] == curve]
-        own.sort(key=lambda place: shown.settings[place.variant]["weight"] or 0)
+        weights = {place.variant: shown.weights(place.variant) for place in found}
+        own = [place for place in found if curve in weights[place.variant]]
+        own.sort(key=lambda place: weights[place.variant][curve] or 0)
         colour = style.theme.nth(i)
         means = [place.mean for place in own]
         if means:
@@ -152,7 +158,7 @@ def _draw_panel(
                 panel.plot(place.across, (place.mean[1],) * 2, **look)
             if place.upwards:
                 panel.plot((place.mean[0],) * 2, place.upwards, **look)
-            weight = shown.settings[place.variant]["weight"]
+            weight = weights[place.variant][curve]
             if weight is not None:
                 panel.annotate(
                     f"{weight:g}", place.mean, (4, 3), textcoords="offset points", color=colour
