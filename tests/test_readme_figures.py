@@ -1,11 +1,14 @@
 """The README's figures are those of the kept results."""
 
 import json
+import statistics
 
 import pytest
 from launching import REPOSITORY
 
 from benchmarks.table import markdown
+from hf_saereg.report.tuned import markdown as tuned_markdown
+from hf_saereg.report.tuned import read_tuned
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = REPOSITORY / "recipes" / "results"
@@ -62,6 +65,27 @@ def test_what_a_step_costs():
         assert not line.startswith("|") or line in README.splitlines(), line
 
 
+def section(title):
+    """A section of the README."""
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def tables_of(study):
+    """Both tables of a study: by variant, the cells by their heading."""
+    text = (RESULTS / study / "table.md").read_text(encoding="utf-8")
+    found = []
+    for table in text.split("\n\n"):
+        heading, _, *lines = (
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+        )
+        found.append({own[0]: dict(zip(heading, own, strict=True)) for own in lines})
+    return found
+
+
+def compound(cells, family, sparsities):
+    return " / ".join(cells[f"compound, fresh {family} {k}"] for k in sparsities)
+
+
 @pytest.mark.parametrize(("label", "variant"), [
     ("plain", "plain"),
     ("plain, same time", "plain, same time"),
@@ -69,13 +93,86 @@ def test_what_a_step_costs():
     *((f"λ 1, `splice_weight` {α}", f"spliced, splice_weight {α}") for α in (0.1, 0.3, 1)),
 ])  # fmt: skip
 def test_what_a_weight_buys(label, variant):
-    table = (RESULTS / "study_weights" / "table.md").read_text(encoding="utf-8").splitlines()
-    heading = [cell.strip() for cell in table[0].split("|")]
-    kept = next(line for line in table if line.startswith(f"| {variant} |"))
-    kept = dict(zip(heading, (cell.strip() for cell in kept.split("|")), strict=True))
-    fresh = [
-        " / ".join(kept[f"compound, fresh {family} {sparsity}"] for sparsity in (5, 10, 40))
-        for family in ("topk", "standard")
+    kept, _ = (table.get(variant) for table in tables_of("study_weights"))
+    fresh = [compound(kept, family, (5, 10, 40)) for family in ("topk", "standard")]
+    found = row(label, section("Which weight"))
+    assert found == [kept["CE"], *fresh, kept["compound, cotrained topk 10"]]
+
+
+@pytest.mark.parametrize(("label", "variant"), [
+    ("none", "plain"),
+    ("`published`, λ 3", "published"),
+    ("`published`, λ 1", "published 1"),
+    ("`detached`, λ 3", "detached"),
+    ("`layer_norm`, λ 0.03", "layer_norm 0.03"),
+    ("`variance`, λ 0.1", "variance 0.1"),
+    ("`published`, λ 1, `splice_weight` 0.3", "published 1 + splice 0.3"),
+])  # fmt: skip
+def test_what_a_form_of_the_term_buys(label, variant):
+    kept, sites = (table[variant] for table in tables_of("study_normalization"))
+    (exact,) = [
+        own
+        for own in read(RESULTS / "study_normalization" / "study.json")["rows"]
+        if own["variant"] == variant
     ]
-    section = README.partition("## Which weight\n")[2].partition("\n## ")[0]
-    assert row(label, section) == [kept["CE"], *fresh, kept["compound, cotrained topk 10"]]
+    time = f"{exact['relative_time']:.1f}".removesuffix(".0")
+    assert row(label, section("Which form of the term")) == [
+        kept["CE"],
+        *(compound(kept, family, (5, 10, 40)) for family in ("topk", "standard")),
+        sites["fresh topk 10"],
+        ", ".join(f"{norm:.1f}" for norm in exact["norms"]),
+        kept["effective rank a site"],
+        time,
+    ]
+
+
+@pytest.mark.parametrize(("label", "variant"), [
+    ("none", "plain"),
+    ("`topk`", "topk 10"),
+    ("`batchtopk`", "batchtopk 10"),
+    *((f"`{f}`, L0 {k}", f"{f} {k}") for f in ("standard", "gated", "jumprelu") for k in (10, 30)),
+    ("`topk`, `token_fraction` 0.5", "topk 10, half the tokens"),
+    ("`topk`, `token_fraction` 0.25", "topk 10, a quarter of the tokens"),
+    ("`topk`, `token_fraction` 0.125", "topk 10, an eighth of the tokens"),
+])  # fmt: skip
+def test_what_a_family_buys(label, variant):
+    kept, _ = (table[variant] for table in tables_of("study_families"))
+    expected = [compound(kept, "topk", (5, 10, 40)), compound(kept, "standard", (10,))]
+    found = row(label, section("Which family, and how cheaply"))
+    assert found == [kept["CE"], *expected]
+
+
+def test_what_fine_tunings_led_to():
+    runs = [path.parent for path in sorted((RESULTS / "gpt2_base").glob("*/run.json"))]
+    tuned = read_tuned([run for run in runs if "mode" in read(run / "run.json")["options"]])
+    kept = {line.split("|")[1]: line for line in tuned_markdown(tuned).splitlines()}
+    ours = [line for line in README.splitlines() if line.startswith("| `gpt2_base_")]
+    quoted = [line for line in ours if line.split("|")[1] in kept]
+    assert len(quoted) == len(kept) - 2  # without the heading and the line below it
+    assert [kept[line.split("|")[1]] for line in quoted] == quoted
+
+
+def mean(rows, read_one):
+    values = [read_one(row) for row in rows if row["d_sae"] == 128 and row["source"] == "fresh"]
+    return statistics.fmean(values)
+
+
+def test_whether_features_are_better_or_packed():
+    text = section("What it bought")
+    found = [read(RESULTS / "quality" / name / "quality.json") for name in ("plain", "published")]
+    matched = [
+        f"{mean(own['consistency'], lambda r: r['matched']):.3f} "
+        f"({mean(own['consistency'], lambda r: r['chance_matched']):.3f})"
+        for own in found
+    ]
+    assert row("cosine with the other seed's directions, matched one to one", text) == matched
+    for label, i in (
+        ("share of a direction that its best one of the SAE of 256 makes up", 0),
+        ("… its best four together", 3),
+    ):
+        shares = [
+            f"{mean(own['composition'], lambda r: r['explained'][i]):.3f} "  # noqa: B023
+            f"({mean(own['composition'], lambda r: r['chance'][i]):.3f})"  # noqa: B023
+            for own in found
+        ]
+        assert row(label, text) == shares
