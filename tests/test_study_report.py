@@ -26,15 +26,11 @@ from hf_saereg.report import ReportError
 from hf_saereg.report.l0_curves import l0_caption
 from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0, stated_l0
 from hf_saereg.report.study_findings import find_in_study
-from hf_saereg.report.study_page import (
-    DOUBTED_SITE,
-    StudyFacts,
-    drawn_models,
-    write_study_page,
-)
+from hf_saereg.report.study_page import DOUBTED_SITE, StudyFacts, write_study_page
 from hf_saereg.report.study_statistics import Interval, against_baseline, site_changes
 from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, tallies
 from hf_saereg.report.study_verdict import recommend
+from hf_saereg.report.study_words import drawn_models
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
 from hf_saereg.study_cells import check_finished, finished_cells
