@@ -7,7 +7,9 @@ Notable:
 - FLOPs are those of `hf_saereg.flops`; seconds follow from speeds and efficiencies that are
   assumed, not measured: no GPU was at hand
 - sparse products do few FLOPs and fetch a row of d_in for each: what they cost is the fetching
-- memory is what a step needs at its peak; allocators and libraries need some GB more
+- memory is the sum of what a step holds, its peak at most; allocators and libraries need more
+- what FSDP2 holds whole follows from the groups that accelerate 1.15 makes; a test looks at them
+- `benchmarks.scale_check` sets it beside what was measured
 """
 
 from dataclasses import dataclass, replace
@@ -38,14 +40,24 @@ class Language:
         return flops.block_weights(self.n_layer, self.d_in, self.d_mlp, self.mlp_matrices)
 
     @property
+    def unembedding(self) -> int:
+        """Its weights, which are the embedding's too where these are tied."""
+        return self.vocabulary * self.d_in
+
+    @property
+    def outermost(self) -> int:
+        """Weights that FSDP2 holds whole for a step: unembedding and learnt positions."""
+        return self.unembedding + self.positions * self.context * self.d_in
+
+    @property
     def parameters(self) -> int:
         """Without biases and layer norms, which are below 0.2 %."""
-        embeddings = self.vocabulary * self.d_in * (1 if self.tied else 2)
-        return self.block_weights + embeddings + self.positions * self.context * self.d_in
+        untied = 0 if self.tied else self.unembedding
+        return self.block_weights + self.outermost + untied
 
     def forward_flops(self) -> int:
         """A token of a full context."""
-        weights = self.block_weights + self.vocabulary * self.d_in
+        weights = self.block_weights + self.unembedding
         return flops.forward_flops(weights, self.n_layer, self.d_in, self.context)
 
 
@@ -105,13 +117,16 @@ class Step:
     """One optimizer step on some GPUs.
 
     Attributes:
-        shard: FSDP2 as recipes/accelerate/fsdp2.yaml has it: blocks one at a time, the heads with
-            the embeddings whole for the step; else DDP.
-        shard_heads: each head a group of its own, which the recipes cannot do yet.
+        shard: FSDP2 as recipes/accelerate/fsdp2.yaml has it: blocks gathered one at a time; the
+            unembedding and its norm (one group), and all heads and learnt positions (the root)
+            whole from the forward pass to the end of the backward one; else DDP.
+        shard_heads: each head a group of its own, which no recipe can do yet.
         sparse: how the heads are computed.
         checkpointing: blocks are computed again in the backward pass.
         sync_each_batch: gradients of shards are scattered after every micro-batch (accelerate's
             `gradient_accumulation_kwargs`); otherwise all stay whole until the last.
+        reference: a copy of the language model, whole on each GPU in float32, as `eval_base` and
+            `anchor_weight` keep it outside `mode: lora` (hf_saereg/reference.py).
     """
 
     language: Language
@@ -122,6 +137,7 @@ class Step:
     sparse: bool = True
     checkpointing: bool = False
     sync_each_batch: bool = True
+    reference: bool = False
     micro: int = MICRO
     machine: Machine = Machine()
 
@@ -148,9 +164,13 @@ class Step:
         others = (self.gpus - 1) / self.gpus
         if not self.shard:
             return 2 * others * 4 * self.parameters  # all-reduce of float32 gradients
-        # for every micro-batch weights are gathered twice in bfloat16
+        # for every micro-batch weights are gathered in bfloat16: twice, unless they stay whole
+        whole = self.language.outermost
+        if self.heads is not None and not self.shard_heads:
+            whole += self.heads.parameters
+        gathered = self.micro_batches * 2 * (2 * self.parameters - whole)
         scattered = self.micro_batches if self.sync_each_batch else 1
-        return others * (self.micro_batches * 2 * 2 + scattered * 4) * self.parameters
+        return others * (gathered + scattered * 4 * self.parameters)
 
     @property
     def micro_batches(self) -> int:
@@ -167,9 +187,10 @@ class Step:
         """Bytes on each GPU, by what they are for."""
         share = 1 / self.gpus if self.shard else 1
         language, heads = self.language, self.heads
+        stream = 2 if self.shard else 4  # FSDP2 casts weights, and so stream and gradients
         kept = 34 * language.d_in  # of a token in a block, bfloat16, attention not materialised
         if self.checkpointing:
-            kept = 2 * language.d_in + kept / language.n_layer
+            kept = stream * language.d_in + kept / language.n_layer
         used = {
             "states": 16 * share * self.parameters,  # weights, gradients, two of Adam, float32
             "activations": self.micro * language.n_layer * kept,
@@ -177,17 +198,23 @@ class Step:
         }
         if not self.shard and self.gpus > 1:
             used["buckets"] = 4 * self.parameters  # DDP's, of gradients on their way
+        if self.shard:
+            # weights and gradients in bfloat16, and the latter once more in float32 to be scattered
+            block = language.block_weights // language.n_layer
+            used["gathered"] = (2 + 2 + 4) * (language.outermost + block)
         if self.shard and self.micro_batches > 1 and not self.sync_each_batch:
             used["whole gradients"] = 4 * self.parameters
+        if self.reference:
+            used["reference"] = 4 * language.parameters
         if heads is not None:
             # the term's gradients wait for the backward pass: see hf_saereg.eager_gradients
-            waiting = 4 * heads.parameters + 4 * self.micro * heads.sites * heads.d_in
-            whole = 0.0
+            waiting, whole = stream * heads.parameters, 0
             if self.shard:
-                whole = (2 + 4) * heads.parameters  # gathered, with their gradients
+                whole = (2 + 4) * heads.parameters  # as above; their gradients are those that wait
             if self.shard_heads:
                 waiting, whole = waiting / self.gpus, whole / heads.sites
-            used["heads"] = waiting + whole
+            of_own_tokens = stream * self.micro * heads.sites * heads.d_in  # never shared out
+            used["heads"] = waiting + whole + of_own_tokens
         return used
 
     def seconds(self) -> float:
@@ -212,14 +239,18 @@ def heads_of(language: Language) -> Heads:
 
 
 def step_of(language: Language, gpus: int) -> Step:
-    """DDP without checkpointing if it fits; else what makes it fit, one thing after another."""
+    """DDP without checkpointing if it fits; else what makes it fit, one thing after another.
+
+    A single GPU has nobody to share with.
+    """
     ways: list[dict[str, bool]] = [
         {},
         {"checkpointing": True},
         {"checkpointing": True, "shard": True},
         {"checkpointing": True, "shard": True, "shard_heads": True},
     ]
-    steps = [Step(language, heads_of(language), gpus, **way) for way in ways]
+    possible = ways if gpus > 1 else ways[:2]
+    steps = [Step(language, heads_of(language), gpus, **way) for way in possible]
     return next((step for step in steps if fits(step)), steps[-1])
 
 
@@ -230,8 +261,13 @@ def fits(step: Step) -> bool:
 
 def switched_on(step: Step) -> str:
     """What of `step_of`'s ways a step takes, in words."""
-    names = {"checkpointing": "checkpointing", "shard": "FSDP2", "shard_heads": "sharded heads"}
-    found = [word for name, word in names.items() if getattr(step, name)] or ["DDP"]
+    names = {
+        "checkpointing": "checkpointing",
+        "shard": "FSDP2",
+        "shard_heads": "sharded heads (not yet)",
+    }
+    alone = "no switch" if step.gpus == 1 else "DDP"
+    found = [word for name, word in names.items() if getattr(step, name)] or [alone]
     return ", ".join(found) + ("" if fits(step) else ": does not fit")
 
 
@@ -256,13 +292,15 @@ def model_table() -> list[str]:
 def step_table() -> list[str]:
     """Seconds and memory of a step, by model and number of GPUs."""
     lines = [
-        "| model | GPUs | how | GB a GPU | plain, s | heads dense | sparse | ¼ of tokens | "
-        "traffic, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | GPUs | how | GB a GPU | with the base's copy | plain, s | heads dense | "
+        "sparse | ¼ of tokens | traffic, GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for language in LANGUAGES:
         for gpus in GPUS:
             step = step_of(language, gpus)
+            copied = replace(step, reference=True)
+            stops = "" if fits(copied) or not fits(step) else ": does not fit"
             plain = replace(step, heads=None).seconds()
             quarter = replace(step.heads, token_fraction=0.25)
             ways = [replace(step, sparse=False), step]
@@ -270,7 +308,8 @@ def step_table() -> list[str]:
             ratios = " | ".join(f"× {way.seconds() / plain:.2f}" for way in ways)
             lines.append(
                 f"| {language.name} | {gpus} | {switched_on(step)} | "
-                f"{sum(step.memory().values()) / GB:.0f} | {plain:.2f} | {ratios} | "
+                f"{sum(step.memory().values()) / GB:.0f} | "
+                f"{sum(copied.memory().values()) / GB:.0f}{stops} | {plain:.2f} | {ratios} | "
                 f"{step.traffic() / GB:.1f} |"
             )
     return lines
