@@ -452,10 +452,10 @@ def test_a_study_is_reported_again_from_its_folder_alone(tmp_path):
     assert (again / "index.html").read_text("utf-8") == first
     for name in ("study.json", "table.md"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
-    with pytest.raises(ReportError, match="is a study, which has a page of its own"):
+    with pytest.raises(SystemExit, match="is a study, which has a page of its own"):
         cli.main(["report", str(folder), str(folder), "--output_dir", str(tmp_path / "both")])
     (folder / "study.json").write_text('{"settings": {}}')
-    with pytest.raises(ReportError, match="has no 'study', from which a study is read again"):
+    with pytest.raises(SystemExit, match="has no 'study', from which a study is read again"):
         cli.main(["report", str(folder)])
 
 
