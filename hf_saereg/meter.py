@@ -25,10 +25,16 @@ class TermMeter:
         # by site: R, S, A and the site's value, each times tokens; statistics
         self._sites: dict[str, tuple[Tensor, SiteStatistics]] = {}
 
-    def update(self, sites: dict[str, SiteTerm]) -> None:
-        """Add one forward pass, by hook name."""
+    def update(self, sites: dict[str, SiteTerm], counts: bool = True) -> None:
+        """Add one forward pass, by hook name.
+
+        Args:
+            sites: of the pass.
+            counts: false where its tokens are to be left out: sums of nothing are added then, so
+                that this process has the same to share as the others.
+        """
         for hook_name, site in sites.items():
-            statistics = site.losses.statistics
+            statistics = site.losses.statistics.times(int(counts))
             losses = _losses_vector(site) * statistics.tokens
             if hook_name in self._sites:
                 old_losses, old_statistics = self._sites[hook_name]

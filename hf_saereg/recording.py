@@ -15,13 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_saereg.cards import write_card
 from hf_saereg.corpora import first_rows
 from hf_saereg.heads.folder import check_matches
 from hf_saereg.layout import TRAINING_RECORD, without_folder
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.publishing import PublishingTrainer, changed_options
 from hf_saereg.resuming import SESSION_FILE, last_complete_checkpoint
 from hf_saereg.run_folder import package_versions, write_json
@@ -147,17 +148,22 @@ class RecordingTrainer(PublishingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
-        if not self.args.should_save:
-            return
-        self.model.save_pretrained(
-            output_dir, state_dict=state_dict, head_metadata=self.head_metadata
-        )
+        if self.args.should_save:
+            self._write(self.model, Path(output_dir), state_dict)
+
+    def _write(
+        self, model: SAERegGPT2LMHeadModel, folder: Path, state_dict: dict[str, Tensor] | None
+    ) -> None:
+        model.save_pretrained(folder, state_dict=state_dict, head_metadata=self.head_metadata)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        self.describe(Path(output_dir))
+            self.processing_class.save_pretrained(folder)
+        self.describe(folder)
 
     def save_merged(self, folder: Path) -> None:
-        """Merge the adapters into the model, and save the plain GPT-2 that it is then.
+        """Merge the adapter that lies in `output_dir` into its base, and save that plain GPT-2.
+
+        The main process does; for any other, this does nothing. The model in training, which may be
+        shared out among processes, stays as it is.
 
         Args:
             folder: created if absent.
@@ -165,8 +171,13 @@ class RecordingTrainer(PublishingTrainer):
         Raises:
             AdapterError: if there is no adapter, or the merged weights are not finite.
         """
-        self.model.merge_and_unload()
-        self._save(str(folder))
+        if not self.args.should_save:
+            return
+        model = type(self.model).load_whole(
+            self.args.output_dir, config=self.model.config, dtype=self.model.dtype
+        )
+        model.merge_and_unload()
+        self._write(model, folder, None)
 
     def describe(self, folder: Path) -> None:
         """Write `training.json` and the card beside a saved model: what is known of it by now.

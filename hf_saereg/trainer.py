@@ -295,8 +295,8 @@ class SAERegTrainer(RecordingTrainer):
             spliced = self._spliced_loss(model, inputs, base)
         means = torch.stack([ce.detach(), torch.ones_like(ce), base_ce, kl, spliced])
         self._eval_sums += means * predicted
-        if output.term is not None and has_rows:
-            self._eval_meter.update(output.sites)
+        if output.term is not None:
+            self._eval_meter.update(output.sites, counts=has_rows)
 
     def _spliced_loss(
         self, model: nn.Module, inputs: dict[str, Any], base: Tensor | None

@@ -1,32 +1,81 @@
-"""Sharded steps on two processes, for a test.
+"""Sharded steps on two processes, of a model and of adapters on one, for a test.
 
 accelerate launch … tests/fsdp_job.py FOLDER
+
+`FOLDER/base` holds a plain model.
 """
 
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_job import collate, rows, tiny_model, upkept_heads
+from training_job import arguments, collate, rows, tiny_model, trainer, upkept_heads
 
+from hf_saereg.adaptation import AdaptationArguments, adapt
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.sharding import load_full_state
 
 STEPS, RATE = 3, 0.05  # not Adam: it makes noise of gradients that are 0
 
 
+TERM = TermOptions(splice_weight=0.3)
+
+
 def fresh_model():
-    model = tiny_model(upkept_heads(), term=TermOptions(splice_weight=0.3))
+    return on_dense_kernel(tiny_model(upkept_heads(), term=TERM))
+
+
+def fresh_adapter(base):
+    """Adapters, as after some training, on the plain model in a folder."""
+    model = SAERegGPT2LMHeadModel.from_pretrained(base, dtype=torch.float64)
+    torch.manual_seed(5)
+    lora = AdaptationArguments(mode="lora", lora_r=2, lora_alpha=4, lora_dropout=0.0)
+    adapt(model, lora, upkept_heads(), TERM)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return on_dense_kernel(model.double().train())
+
+
+def on_dense_kernel(model):
+    """The compiled one on a CPU lends a parameter's memory to NumPy, and FSDP cannot free it."""
     for head in model.heads:
-        # the compiled CPU kernel lends a parameter's memory to NumPy, and FSDP then cannot free it
         head.kernel = "dense"
     return model
+
+
+def shard(model):
+    """As accelerate does with recipes/accelerate/fsdp2.yaml, which it takes to GPUs only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+    )
+    fsdp2_prepare_model(accelerator, model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert isinstance(model.transformer.wte, FSDPModule) and not isinstance(model.heads, FSDPModule)
+    head = next(iter(model.heads))
+    assert head.W_dec.to_local().shape[0] == head.W_dec.shape[0] // 2
 
 
 def batch_of(step, rank):
@@ -48,14 +97,8 @@ def observe(model, seen):
 
 
 def run(folder, rank):
-    mesh = init_device_mesh("cpu", (2,))
     model = fresh_model()
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    head = next(iter(model.heads))
-    assert head.W_dec.to_local().shape[0] == head.W_dec.shape[0] // 2
+    shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     found = []
     for step in range(STEPS):
@@ -68,8 +111,7 @@ def run(folder, rank):
         observe(model, of_all)
         found.append(loss.item())
     torch.save(found, folder / f"losses_{rank}.pt")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(model, options=options)
+    whole = gathered(model)
     if rank == 0:
         torch.save(whole, folder / "state.pt")
     model.save_pretrained(folder / "checkpoint", is_main_process=rank == 0, state_dict=whole)
@@ -81,12 +123,32 @@ def run(folder, rank):
         for parameter in model.parameters():
             parameter.zero_()
     load_full_state(model, saved.state_dict())
-    again = get_model_state_dict(model, options=options)
+    again = gathered(model)
     if rank == 0:
         torch.save(again, folder / "again.pt")
 
 
+def gathered(model):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def run_adapter(folder, rank):
+    """A step of the adapters; saved by a trainer, and merged."""
+    model = fresh_adapter(folder / "base")
+    shard(model)
+    loss, _ = losses(model, 0, rank)
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.SGD(trained, lr=RATE).step()
+    ours = trainer(model, arguments(folder / "adapter"))
+    ours._save(state_dict=gathered(model))
+    ours.save_merged(folder / "merged")
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    run(Path(sys.argv[1]), int(os.environ["RANK"]))
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    run(folder, rank)
+    run_adapter(folder, rank)
     dist.destroy_process_group()

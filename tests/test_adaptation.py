@@ -403,6 +403,29 @@ def test_merged_it_is_a_plain_regularized_gpt2(base, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_merges_what_it_saved_and_keeps_its_model(base, tmp_path):
+    model = adapted(base, "lora", dtype=torch.float32)
+    model.config.resid_pdrop = 0.05  # not the base's
+    ours = train(model, tmp_path / "run")
+    ours.save_model()
+    before = state(model)
+    ours.save_merged(tmp_path / "merged")
+    assert model.has_adapters and model.config.name_or_path == str(base)
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    model.merge_and_unload()
+    in_place = tmp_path / "in_place" / "merged"  # a card has the folder's name
+    ours._save(str(in_place))
+    files = {path.relative_to(in_place) for path in in_place.rglob("*") if path.is_file()}
+    assert {str(file) for file in files} >= {"model.safetensors", "training.json", "README.md"}
+    for file in files:
+        ours, expected = tmp_path / "merged" / file, in_place / file
+        if file.suffix == ".safetensors":
+            torch.testing.assert_close(load_file(ours), load_file(expected), rtol=0, atol=0)
+        else:
+            assert ours.read_text() == expected.read_text(), file
+
+
 def test_a_merge_that_is_not_finite_is_refused_and_undone(base):
     model = adapted(base, "lora", dtype=torch.float32)
     *_, last = (p for n, p in model.named_parameters() if "lora_B" in n)

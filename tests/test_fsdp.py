@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsdp_job import RATE, STEPS, fresh_model, losses, observe
+from fsdp_job import RATE, STEPS, fresh_adapter, fresh_model, losses, observe
 from launching import launch_two
 from safetensors.torch import load_file
+from training_job import tiny_model
 from transformers import GPT2LMHeadModel
+
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
 
 pytestmark = pytest.mark.slow
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -16,6 +19,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
+    tiny_model(seed=4).save_pretrained(folder / "base")
     launch_two(Path(__file__).parent / "fsdp_job.py", folder)
     return folder
 
@@ -69,3 +73,21 @@ def test_what_is_saved_is_a_plain_checkpoint_with_its_heads(folder, unsharded):
 def test_a_saved_model_goes_back_into_shards(folder):
     state, again = (torch.load(folder / f"{name}.pt") for name in ("state", "again"))
     torch.testing.assert_close(again, state, rtol=0, atol=0)
+
+
+def test_sharded_adapters_are_saved_and_merged_into_a_plain_gpt2(folder):
+    model = fresh_adapter(folder / "base")
+    (first, _), (second, _) = (losses(model, 0, rank) for rank in (0, 1))
+    ((first + second) / 2).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE).step()
+    saved = SAERegGPT2LMHeadModel.from_pretrained(folder / "adapter", dtype=torch.float64)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], tensor, **CLOSE, msg=name)
+    model.merge_and_unload()
+    merged = SAERegGPT2LMHeadModel.from_pretrained(folder / "merged", dtype=torch.float64)
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, **CLOSE, msg=name)
+    stock = GPT2LMHeadModel.from_pretrained(folder / "merged", dtype=torch.float64)
+    for name, tensor in merged.plain_view().state_dict().items():
+        assert torch.equal(stock.state_dict()[name], tensor), name

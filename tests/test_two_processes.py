@@ -94,6 +94,15 @@ def test_they_train_what_one_trains_that_accumulates(folder, one, name):
         assert f"l0/{SITES[1]}" in names and one[name]["state"]["lm_head.weight"].shape[1] == WIDTH
 
 
+@pytest.mark.parametrize("name", ["one row", "one row, frozen heads"])
+def test_a_process_without_a_row_of_its_own_evaluates_with_the_others(folder, one, name):
+    for rank in (0, 1):
+        assert differences(found(folder, name, rank), one[name]) == []
+    (figures,) = one[name]["log"]
+    expected = "eval_spliced_loss" if "frozen" in name else f"eval_l0/{SITES[0]}"
+    assert figures[expected] > 0
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS + OTHERS)
 def test_without_any_one_reduction_they_do_not(folder, one, reduction):
     assert differences(found(folder, f"without {reduction}"), one["whole"])

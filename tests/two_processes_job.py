@@ -84,6 +84,14 @@ def train(model, folder, resume=None, **options):
     }
 
 
+def evaluate(model, folder):
+    """Figures of one row: in an evaluation on two processes the second has none of its own."""
+    ours = trainer(model, arguments(folder, eval_base=True), eval_dataset=rows([7], seed=6))
+    figures = ours.evaluate()
+    del figures["eval_model_preparation_time"]
+    return {"state": {}, "log": [figures]}
+
+
 @contextmanager
 def without(reduction):
     """Every process keeps to itself what it should share."""
@@ -125,6 +133,9 @@ def trainings(folder, **options):
     for mode in MODES:
         own = options | {"anchor_weight": 2.0 if mode == "lora" else 0.0, "eval_base": True}
         yield mode, train(in_mode(mode, folder / "heads"), folder / mode, **own)
+    yield "one row", evaluate(upkept(), folder / "one_row")
+    frozen = in_mode("lora_frozen_heads", folder / "heads")
+    yield "one row, frozen heads", evaluate(frozen, folder / "one_row")
 
 
 def on_two(folder):

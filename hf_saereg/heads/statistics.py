@@ -59,6 +59,10 @@ class SiteStatistics(NamedTuple):
         """Statistics of the tokens of both."""
         return type(self)(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
+    def times(self, number: int) -> Self:
+        """Statistics of the same tokens so many times over; 0 leaves them out."""
+        return type(self)(*(mine * number for mine in self))
+
     def figures(self) -> dict[str, float]:
         """What is logged of a site, by name."""
         return {
