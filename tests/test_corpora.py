@@ -11,9 +11,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
 
-from hf_saereg import corpora, documents
+from hf_saereg import corpora, documents, text_part
 from hf_saereg.corpora import (
     CorpusArguments,
     CorpusError,
@@ -222,6 +223,98 @@ def test_description_counts_blocks_and_unknown_characters(tmp_path, tokenizer):
     }
 
 
+# Long documents
+
+
+@pytest.fixture(params=["wikitext2-test.txt", "wikitext2-valid.txt", "tinyshakespeare.txt"])
+def long_text(request):
+    path = SHARED_DATA / request.param
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path.read_text()[:300_000]
+
+
+def in_pieces(text, tokenizer, end):
+    pieces = [piece for piece, _ in corpora._pieces([text], tokenizer)]
+    assert "".join(pieces) == text
+    return pieces, [i for ids in corpora._token_ids([text], tokenizer, end) for i in ids]
+
+
+@needs_gpt2_tokenizer
+def test_a_long_document_in_pieces_has_the_ids_of_the_whole(long_text, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10_000)
+    for each in (AutoTokenizer.from_pretrained(GPT2_TOKENIZER), tokenizer):
+        pieces, ids = in_pieces(long_text, each, end=[7])
+        assert len(pieces) > len(long_text) / 11_000
+        assert ids == [*each(long_text, verbose=False)["input_ids"], 7]
+
+
+SPACES = (
+    "one  two\n\n\nthree \n four\t\tfive   six's\xa0\xa0seven\u2003eight \x1cnine\r\n\r\nten " * 4
+)
+
+
+@needs_gpt2_tokenizer
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_cut_among_spaces_changes_no_id(size, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", size)
+    tokenizer = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    pieces, ids = in_pieces(SPACES, tokenizer, end=[])
+    assert len(pieces) > 10 and ids == tokenizer(SPACES)["input_ids"]
+
+
+@needs_gpt2_tokenizer
+def test_a_tokenizer_that_begins_every_text_in_its_own_way_cuts_none(monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10)
+    tokenizer = AutoTokenizer.from_pretrained(GPT2_TOKENIZER, add_prefix_space=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    pieces, ids = in_pieces("one,\ntwo,\nthree\n" * 20, tokenizer, end=[])
+    assert len(pieces) == 1 and ids == tokenizer(pieces[0])["input_ids"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_more_than_some_pieces_are_tokenised_at_once(text_file, tokenizer, monkeypatch, stream):
+    monkeypatch.setattr(corpora, "PIECE_CHARACTERS", 10)
+    longest, tokenize = [], corpora._tokenize
+
+    def measured(texts, *rest):
+        longest.append(sum(map(len, texts)))
+        return tokenize(texts, *rest)
+
+    monkeypatch.setattr(corpora, "_tokenize", measured)
+    if stream:
+        some = small(text_file, stream=True, stream_eval_blocks=2)
+        first_rows(stream_blocks(some, tokenizer)["train"], 10)
+    else:
+        load_blocks(small(text_file), tokenizer)
+    assert 0 < max(longest) < 4 * corpora.SEAM_CONTEXT + 1 < len(text_file.read_text())
+
+
+def test_a_streamed_folder_is_listed_once_and_read_file_by_file(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    listed, read = [], []
+    below, read_one = documents._texts_below, documents._read
+    monkeypatch.setattr(documents, "_texts_below", lambda path: listed.append(path) or below(path))
+    monkeypatch.setattr(documents, "_read", lambda path: read.append(path.name) or read_one(path))
+    texts = stream_documents(small(tmp_path, stream=True))
+    assert (next(texts), read) == ("a", ["a.txt"])
+    assert (next(texts), read) == ("b", ["a.txt", "b.txt"])
+    assert load_documents(small(tmp_path))["text"][:] == ["a", "b", "c"]
+    assert listed == [tmp_path, tmp_path]  # once streamed, once loaded
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_more_tokens_than_arrow_counts_are_to_be_streamed(tmp_path, tokenizer, monkeypatch, rows):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps({"text": "x" * (1000 // rows)})] * rows))
+    monkeypatch.setattr(corpora, "MOST_TOKENS", 1000)
+    assert len(load_blocks(small(path), tokenizer)["train"]) > 100
+    monkeypatch.setattr(corpora, "MOST_TOKENS", 999)
+    with pytest.raises(CorpusError, match=r"more than 999 tokens.*add stream"):
+        load_blocks(small(path, text_share=[0, 1]), tokenizer)
+
+
 # Where the text comes from
 
 
@@ -367,6 +460,31 @@ def test_a_stream_reads_only_what_it_needs(tmp_path, tokenizer, monkeypatch):
     )
     stream_blocks(small(path, stream=True, stream_eval_blocks=2), tokenizer)
     assert len(seen) == 2  # of 8 documents each, 23 characters
+
+
+@pytest.mark.parametrize("part", [{"max_characters": 2500}, {"text_share": [0.4, 0.6]}])
+def test_a_part_of_rows_on_disk_reads_no_more_than_its_end(tmp_path, monkeypatch, part):
+    rows = datasets.Dataset.from_list([{"text": f"{i:05}"} for i in range(5000)])
+    rows.to_parquet(tmp_path / "a.parquet", batch_size=500)  # in 10 groups of rows
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 500)
+    measured, read, lengths = [], [], text_part.row_lengths
+    monkeypatch.setattr(
+        text_part,
+        "row_lengths",
+        lambda rows: (measured.append(len(some)) or some for some in lengths(rows)),
+    )
+    for name in ("__iter__", "iter"):
+        method = getattr(datasets.Dataset, name)
+        monkeypatch.setattr(
+            datasets.Dataset,
+            name,
+            lambda self, *a, method=method, **k: read.append(len(self)) or method(self, *a, **k),
+        )
+    got = load_documents(small(tmp_path / "a.parquet", **part))
+    expected = [f"{i:05}" for i in (range(500) if "max_characters" in part else range(2000, 3000))]
+    assert set(read) == {len(expected)}  # of a dataset of the part alone, not of all rows
+    assert got["text"][:] == expected
+    assert sum(measured) == (500 if "max_characters" in part else 3000)
 
 
 def test_shares_of_a_text_are_disjoint_and_complete(source):
