@@ -26,10 +26,12 @@ from hf_saereg.heads import SAEHeadConfig, SkipOptions
 from hf_saereg.heads.bank import HeadBank
 from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.positions import language_inputs, with_positions
 from hf_saereg.scores import Baselines, Effect, Fidelity, SiteFidelity
 from hf_saereg.splicing import Ablation, Splice
 
-Batch = dict[str, Tensor]  # input_ids and labels, (batch, sequence); attention_mask where padded
+# input_ids and labels, (batch, sequence); attention_mask where padded, position_ids where not usual
+Batch = dict[str, Tensor]
 K = TypeVar("K", bound=Hashable)
 
 CLEAN, COMPOUND = "clean", "compound"  # no hook name looks like these
@@ -217,12 +219,7 @@ def _log_probabilities(
     for replacement in replacements.values():
         replacement.mask = mask
     with model.at_sites(replacements):
-        logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            compute_term=False,
-            use_cache=False,
-        ).logits
+        logits = model(**language_inputs(batch), compute_term=False, use_cache=False).logits
     predicted = logits[:, :-1][positions]  # (predicted, vocabulary)
     return predicted.to(torch.promote_types(predicted.dtype, torch.float32)).log_softmax(-1)
 
@@ -250,9 +247,7 @@ def _moments(
     for batch in _share(model, batches, accelerator):
         mask = model.token_mask(batch)
         with model.reading(model.hook_names) as activations:
-            model.transformer(
-                batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-            )
+            model.transformer(**language_inputs(batch), use_cache=False)
         for hook_name, x in activations.items():
             x = tokens_read(x, mask).double()  # (tokens, d_in)
             own = (x.new_tensor(len(x)), x.norm(dim=-1).sum(), x.sum(dim=0), x.T @ x)
@@ -269,10 +264,10 @@ def _spectrum(site: _Moments) -> list[float]:
 def _share(
     model: SAERegGPT2LMHeadModel, batches: Iterable[Batch], accelerator: Accelerator | None
 ) -> Iterator[Batch]:
-    """Every n-th batch, on the model's device."""
+    """Every n-th batch, on the model's device, with positions counted over real tokens."""
     first, step = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     for batch in islice(batches, first, None, step):
-        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+        yield with_positions({name: tensor.to(model.device) for name, tensor in batch.items()})
 
 
 def _over_processes(sums: K, accelerator: Accelerator | None) -> K:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
+from hf_saereg.positions import language_inputs
 
 
 class Reference:
@@ -33,9 +34,9 @@ class Reference:
         """(batch, sequence, vocabulary).
 
         Args:
-            inputs: `input_ids`, and `attention_mask` where there is padding.
+            inputs: `input_ids`, and `attention_mask` and `position_ids` where there are some.
         """
-        known = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
+        known = language_inputs(inputs)
         if self._copy is not None:
             self._copy.to(known["input_ids"].device)
             return self._copy(**known, use_cache=False).logits

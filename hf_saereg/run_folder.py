@@ -101,6 +101,19 @@ def finished_figures(folder: Path) -> dict[str, Any] | None:
     return record and record["figures"]
 
 
+def recorded_fingerprint(folder: Path) -> str | None:
+    """SHA-256 of the model that a sweep's heads were trained on; None where no `run.json` says it.
+
+    Args:
+        folder: of the sweep, or any other.
+
+    Raises:
+        RunFolderError: if `run.json` cannot be read.
+    """
+    record = _read_record(folder)
+    return record and record["options"].get("model_sha256")
+
+
 def _read_record(folder: Path) -> dict[str, Any] | None:
     """`run.json` of a folder, None where there is none."""
     path = folder / RUN_FILE

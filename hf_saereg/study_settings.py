@@ -5,7 +5,7 @@ Notable:
   curve; with a spliced loss its weight comes first; one that others join on a later curve keeps its
   own, and is a point of both
 - FLOPs a token are those of `hf_saereg.flops`, every head dense: what a sparse kernel saves is not
-  counted; a spliced loss passes through model and heads once more
+  counted
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_saereg.character import OPTION_CLASSES
 from hf_saereg.corpora import character_tokenizer
-from hf_saereg.flops import gpt2_flops, head_flops
+from hf_saereg.flops import gpt2_flops, head_flops, step_flops
 from hf_saereg.options import as_record, as_words, parse_options
 from hf_saereg.study import REGULARIZED, TRAIN_SECONDS_OF, UNTRAINED, Study
 
@@ -56,13 +56,11 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
     parsed = parse_options(
         *OPTION_CLASSES, arguments=["--config", str(study.base), *as_words(options)]
     )
-    _arguments, heads, term, _twin, corpus, shape, _fresh = parsed
+    _arguments, heads, _term, _twin, corpus, shape, _fresh = parsed
     config = shape.config(corpus.block_size, character_tokenizer(corpus.block_size))
     language = gpt2_flops(config.to_dict())
     configs = heads.head_configs(config) if model == REGULARIZED else []
     costs = [head_flops(head.d_in, head.d_sae) for head in configs]
-    share = term.token_fraction * (term.sites_per_step or len(costs)) / max(len(costs), 1)
-    spliced = (language + sum(costs)) if costs and term.splice_weight else 0
     record = as_record(parsed)
     own = {o: v for o, v in record.items() if not o.startswith(BESIDE)}
     control = "untrained" if model == UNTRAINED else "same time" if timed else None
@@ -73,7 +71,7 @@ def _described(study: Study, variant: str) -> dict[str, Any]:
         "targets": {
             head.hook_name: head.target_l0 for head in configs if head.target_l0 is not None
         },
-        "flops_per_token": 0 if model == UNTRAINED else language + share * sum(costs) + spliced,
+        "flops_per_token": 0 if model == UNTRAINED else sum(step_flops(language, costs, record)),
         "curve": variant,
         "knob": None,
         "weight": None,

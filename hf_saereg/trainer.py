@@ -33,6 +33,7 @@ from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads.folder import check_savable
 from hf_saereg.meter import NormMeter, TermMeter
 from hf_saereg.modeling import SAERegOutput
+from hf_saereg.positions import with_positions
 from hf_saereg.progress import ReadablePrinter, ReadableProgress
 from hf_saereg.recording import RecordingTrainer
 from hf_saereg.reference import Reference
@@ -156,6 +157,10 @@ class SAERegTrainer(RecordingTrainer):
                 )
 
     # ---- loss ----
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As `Trainer` does, with positions counted over real tokens: padding may be left."""
+        return with_positions(super()._prepare_inputs(inputs))
 
     def training_step(
         self,

@@ -16,6 +16,7 @@ from hf_saereg.corpora import first_rows
 from hf_saereg.errors import UserError
 from hf_saereg.heads.health import centre, resample
 from hf_saereg.heads.tokens import tokens_read
+from hf_saereg.positions import language_inputs
 from hf_saereg.regularizer import SiteTerm
 from hf_saereg.training_arguments import SAERegArguments
 
@@ -106,8 +107,6 @@ class HeadUpkeep(TrainerCallback):
         """(tokens, d_in) by hook name, of the tokens that are read."""
         model = self.trainer.model
         with model.reading(model.heads.hook_names) as activations:
-            model.transformer(
-                inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False
-            )
+            model.transformer(**language_inputs(inputs), use_cache=False)
         mask = model.token_mask(inputs)
         return {hook_name: tokens_read(x, mask) for hook_name, x in activations.items()}

@@ -337,6 +337,36 @@ def test_heads_of_a_sweep_can_be_shown(given, tmp_path):
     assert "a topk head with 10 latents" in text and "3 features shown" in text
 
 
+UNCHECKED = "No record says on which model the head was trained"
+
+
+@pytest.fixture(scope="module")
+def swept(given):
+    """A cell of a real sweep of the first model."""
+    text = ("--dataset", given / "text.txt", "--use_cpu", "true")
+    grid = "--families topk --target_l0 2 --d_sae 10 --max_steps 2 --warmup_steps 1"
+    more = "--batch_size 2 --fidelity_blocks 2"
+    options = (*text, *grid.split(), *more.split(), "--output_dir", given / "sweep")
+    assert saereg("sweep", given / "one", *options) is None
+    (cell,) = (given / "sweep" / "saes").iterdir()
+    return cell
+
+
+def test_heads_that_were_swept_on_another_model_are_refused(given, swept, tmp_path):
+    said = features(given, tmp_path / "out", ["two"], saes=[swept])
+    assert "was on another model than" in said and "\n" not in said
+    assert not (tmp_path / "out").exists()
+    assert features(given, tmp_path, ["one"], saes=[swept]) is None
+    assert UNCHECKED not in text_of(tmp_path / "index.html")
+
+
+def test_the_page_says_where_no_record_names_the_model_of_the_heads(given, page, tmp_path):
+    assert features(given, tmp_path, ["two"], saes=[given / "cell"]) is None
+    assert UNCHECKED in text_of(tmp_path / "index.html")
+    assert features(given, tmp_path, ["two"], saes=[given / "two"]) is None
+    assert UNCHECKED not in text_of(tmp_path / "index.html") + text_of(page)
+
+
 @pytest.mark.parametrize(
     ("models", "changes", "sentence"),
     [

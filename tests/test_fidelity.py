@@ -187,10 +187,12 @@ def assert_same_scores(found, expected):
         assert figure == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("content", [0, 77])
-def test_padding_is_neither_counted_nor_a_matter_of_its_content(model, input_ids, content):
+def test_padding_is_neither_counted_nor_a_matter_of_its_content(model, input_ids, content, side):
+    """Nor does its side matter: CE, KL, L0 and norms are those of the rows without it."""
     rows = [batch(ids[None, :n]) for ids, n in zip(input_ids, LENGTHS, strict=True)]
-    batches = [padded(input_ids, content, "right")]
+    batches = [padded(input_ids, content, side)]
     found = score(model, model.heads, batches)
     assert_same_scores(found, score(model, model.heads, rows))
     assert all(site.statistics.tokens == 18 for site in found.sites.values())
@@ -200,12 +202,17 @@ def test_padding_is_neither_counted_nor_a_matter_of_its_content(model, input_ids
         assert shares == pytest.approx(expected.spectrum[hook_name], rel=1e-3, abs=1e-5)
 
 
-def test_padding_on_the_left_counts_as_little(model, input_ids):
-    """Without positions, where a row starts does not matter, and both sides must agree."""
-    with torch.no_grad():
-        model.transformer.wpe.weight.zero_()
-    left, right = ([padded(input_ids, 77, side)] for side in ("left", "right"))
-    assert_same_scores(score(model, model.heads, left), score(model, model.heads, right))
+def test_positions_that_a_batch_has_are_kept(model, input_ids):
+    positions = torch.arange(10).expand(3, -1) + 7
+    mask = torch.ones_like(input_ids)
+    shifted = {**batch(input_ids), "attention_mask": mask, "position_ids": positions}
+    base = baselines(model, [shifted])
+    with torch.no_grad(), model.reading(model.hook_names) as activations:
+        expected = model(input_ids, labels=input_ids, position_ids=positions).loss.item()
+    assert base.clean_ce == pytest.approx(expected, **CLOSE)
+    assert base.clean_ce != pytest.approx(clean_ce(model, [batch(input_ids)]), rel=1e-3)
+    for hook_name, x in activations.items():
+        assert base.residual_norm[hook_name] == pytest.approx(x.norm(dim=-1).mean().item(), **CLOSE)
 
 
 def test_the_first_token_after_padding_is_not_predicted(input_ids):

@@ -1,14 +1,19 @@
 """FLOPs on paper against those that torch counts."""
 
+import json
+
 import pytest
 import torch
 import yaml
+from test_report import SITES, make_results
 from tiny_recipe import configuration
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_saereg.flops import gpt2_flops, head_flops
 from hf_saereg.heads import SAEHeadConfig, make_head
+from hf_saereg.report import read_results
+from hf_saereg.report.training_files import read_trainings
 from hf_saereg.study import Study
 from hf_saereg.study_settings import settings_of
 
@@ -41,6 +46,36 @@ def test_those_of_a_dense_head_are_those_that_torch_counts():
 def test_past_the_encoder_a_sparse_head_costs_its_active_latents():
     assert head_flops(32, 96, 96) == head_flops(32, 96)
     assert head_flops(32, 96, 0) == head_flops(32, 96) / 6
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "share"),
+    [
+        ({}, 1, 1.0),
+        ({"token_fraction": 0.25}, 1, 0.25),
+        ({"token_fraction": 0.25, "sites_per_step": 1}, 1, 0.05),
+        ({"token_fraction": 0.25, "splice_weight": 0.5}, 2, 1.25),
+        ({"token_fraction": 0.25, "splice_weight": 0.5, "splice_sites": 2}, 2, 0.65),
+    ],
+)
+def test_a_comparisons_page_counts_what_a_step_trains(tmp_path, options, passes, share):
+    config = {"n_embd": 16, "n_layer": 4, "vocab_size": 128, "n_positions": 32}
+    for model in ("plain", "regularized"):
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "config.json").write_text(json.dumps(config))
+    for site in SITES:
+        folder = tmp_path / "regularized" / "saes" / site
+        folder.mkdir(parents=True)
+        (folder / "cfg.json").write_text(json.dumps({"d_in": 16, "d_sae": 64}))
+    results = read_results(make_results())
+    assert read_trainings(tmp_path, results).regularized.flops is None  # nobody says what it took
+    (tmp_path / "run.json").write_text(json.dumps({"options": options}))
+    plain, regularized = (own.flops for own in read_trainings(tmp_path, results))
+    assert plain == (gpt2_flops(config), 0, 0)
+    assert regularized.language == passes * gpt2_flops(config)
+    assert regularized.heads_dense == pytest.approx(share * len(SITES) * head_flops(16, 64))
+    sparse = sum(head_flops(16, 64, results.cotrained_l0(site) or 0.0) for site in SITES)
+    assert regularized.heads_sparse == pytest.approx(share * sparse)
 
 
 def test_a_studys_variants_cost_what_they_train(tmp_path):

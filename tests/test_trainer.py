@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from training_job import (
+    CONTEXT,
     LENGTHS,
     SITES,
     WIDTH,
@@ -237,6 +238,35 @@ def test_evaluation_loss_is_plain_cross_entropy(tmp_path):
     for site in SITES:
         for name in ("l0", "fvu", "dead_fraction", "x_norm"):
             assert math.isfinite(found[f"eval_{name}/{site}"])
+
+
+def padded_on_the_left(right):
+    """The same rows, moved to the right end; no padding predicts their first token."""
+    moved = []
+    for row in right:
+        gap = CONTEXT - int(row["attention_mask"].sum())
+        moved.append({name: tensor.roll(gap) for name, tensor in row.items()})
+        moved[-1]["labels"][gap] = -100
+    return moved
+
+
+def test_the_side_of_padding_changes_neither_training_nor_evaluation(tmp_path):
+    """Nor the start of `b_dec`, the base that KL is measured from, and fidelity."""
+    found = {}
+    for side, own in (("right", rows()), ("left", padded_on_the_left(rows()))):
+        options = {"anchor_weight": 0.5, "eval_base": True, "eval_fidelity": True}
+        args = arguments(tmp_path / side, max_steps=3, b_dec_init="mean", **options)
+        model = tiny_model(heads())
+        ours = trainer(model, args, own, eval_dataset=own)
+        ours.train()
+        figures = {name: value for name, value in ours.evaluate().items() if "per_sec" not in name}
+        found[side] = figures, model.state_dict()
+    (left, left_weights), (right, right_weights) = found["left"], found["right"]
+    assert left.keys() == right.keys() and left["eval_kl_to_base"] > 1e-3
+    for name in left.keys() - {"eval_runtime"}:
+        assert left[name] == pytest.approx(right[name], rel=1e-6), name
+    for name, tensor in right_weights.items():
+        torch.testing.assert_close(left_weights[name], tensor, **EXACT, msg=name)
 
 
 def test_an_evaluation_reads_every_row_where_training_drops_a_last_batch(tmp_path):

@@ -7,6 +7,7 @@ Writes `DIR/index.html`.
 Notable:
 - the head is the model's own, or lies in the folder named by `--saes`, such as DIR/saes/CELL of a
   sweep; with two models there are two
+- heads whose sweep was on another model are refused; where no record says on which, the page does
 - two models read the same tokens and are shown side by side, paired as `feature_matches` says
 """
 
@@ -34,13 +35,13 @@ from hf_saereg.fidelity import Batch
 from hf_saereg.fresh import fidelity_batches
 from hf_saereg.heads import SAEHead, SkipOptions
 from hf_saereg.heads.folder import load_head, saved_hook_names
-from hf_saereg.loading import load_checkpoint
+from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.options import parse_options
 from hf_saereg.processes import start_accelerator
 from hf_saereg.quality import require_matching
 from hf_saereg.report.feature_page import Shown, write_feature_page
-from hf_saereg.run_folder import command_line
+from hf_saereg.run_folder import command_line, recorded_fingerprint
 
 
 class FeaturesError(UserError):
@@ -100,6 +101,11 @@ class FeaturesArguments:
                     f"{name} is {getattr(self, name)}; it must be at least {least}."
                 )
 
+    @property
+    def folders(self) -> list[str | None]:
+        """Where each model's head lies; None for its own."""
+        return self.saes or [None] * len(self.models)
+
 
 def main(words: Sequence[str]) -> None:
     """Read the text and write the page.
@@ -119,8 +125,10 @@ def main(words: Sequence[str]) -> None:
     batches = fidelity_batches(blocks, arguments.blocks, config)
     surveys, correlations = survey(readers, batches, arguments.contexts)
     heads = [
-        _shown(reader, found, batches, arguments)
-        for reader, found in zip(readers, surveys, strict=True)
+        _shown(reader, found, batches, arguments, _is_known_to_belong(name, folder))
+        for reader, found, name, folder in zip(
+            readers, surveys, arguments.models, arguments.folders, strict=True
+        )
     ]
     matches, chance = _matches(arguments.match_by, readers, heads, correlations)
     page = write_feature_page(
@@ -130,9 +138,8 @@ def main(words: Sequence[str]) -> None:
 
 
 def _readers(arguments: FeaturesArguments, skip: SkipOptions, device: torch.device) -> list[Reader]:
-    folders = arguments.saes or [None] * len(arguments.models)
     readers = []
-    for name, folder in zip(arguments.models, folders, strict=True):
+    for name, folder in zip(arguments.models, arguments.folders, strict=True):
         model, tokenizer = load_checkpoint(name, arguments.tokenizer)
         head = _head(name, model, folder, arguments.hook_name)
         model.skip_over(skip.for_trained(head.config, folder or name))
@@ -186,11 +193,32 @@ def _head(name: str, model: SAERegGPT2LMHeadModel, folder: str | None, hook_name
             f"The head in {folder} reads {head.config.d_in} dimensions, but the stream of {name} "
             f"has {model.config.n_embd}; it belongs to another model."
         )
+    recorded = folder and _swept_model(folder)
+    if recorded is not None and recorded != fingerprint(model):
+        raise FeaturesError(
+            f"The sweep that wrote {folder} was on another model than {name}; give the model "
+            "of that sweep, or heads that were trained on this one."
+        )
     return head
 
 
+def _swept_model(folder: str) -> str | None:
+    """What the `run.json` of a sweep says of the model of its heads in `saes/CELL`."""
+    cell = Path(folder).resolve()
+    return recorded_fingerprint(cell.parents[1]) if cell.parent.name == "saes" else None
+
+
+def _is_known_to_belong(name: str, folder: str | None) -> bool:
+    is_own = folder is None or Path(folder).resolve() == Path(name).resolve()
+    return is_own or _swept_model(folder) is not None
+
+
 def _shown(
-    reader: Reader, found: Survey, batches: list[Batch], arguments: FeaturesArguments
+    reader: Reader,
+    found: Survey,
+    batches: list[Batch],
+    arguments: FeaturesArguments,
+    belongs: bool,
 ) -> Shown:
     order = found.fired.argsort(descending=True, stable=True)
     alive = order[found.fired[order] > 0].tolist()
@@ -205,6 +233,7 @@ def _shown(
         dead=config.d_sae - len(alive),
         left_out=len(alive) - len(chosen),
         tokenizer=reader.tokenizer,
+        belongs=belongs,
     )
 
 

@@ -52,6 +52,7 @@ class Shown(NamedTuple):
         dead: how many latents never fired.
         left_out: how many that fired are not shown.
         tokenizer: of the model.
+        belongs: whether the head is known to have been trained on the model.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Shown(NamedTuple):
     dead: int
     left_out: int
     tokenizer: PreTrainedTokenizerBase
+    belongs: bool = True
 
     def runs(self, context: Context, largest: float) -> list[Run]:
         """A context as runs of equal highlight; every highlighted token is one of its own."""

@@ -3,7 +3,7 @@
 What is notable:
 
 - All of it is optional: a page of `results.json` alone goes without.
-- FLOPs are counted on paper, as `hf_saereg.flops` says.
+- FLOPs are counted on paper, as `hf_saereg.flops` says, by the options in the run's `run.json`.
 """
 
 import json
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_saereg.flops import gpt2_flops, head_flops
+from hf_saereg.flops import gpt2_flops, head_flops, step_flops
 from hf_saereg.report.results import MODELS, Pair, Results
 
-STATE_FILE, CONFIG_FILE = "trainer_state.json", "config.json"
+STATE_FILE, CONFIG_FILE, RUN_FILE = "trainer_state.json", "config.json", "run.json"
 
 
 class NormCurve(NamedTuple):
@@ -34,8 +34,8 @@ class Flops(NamedTuple):
     """Floating-point operations of a training step, a token of its text.
 
     Attributes:
-        language: forward and backward pass of the language model.
-        heads_dense: of all heads, every product over all latents.
+        language: forward and backward passes of the language model.
+        heads_dense: of the heads that a step trains, every product over all latents.
         heads_sparse: likewise, past the encoder over active latents alone.
     """
 
@@ -49,7 +49,7 @@ class Training(NamedTuple):
 
     Attributes:
         norms: by site; empty where none was logged.
-        flops: None where the model's shape is not at hand.
+        flops: None where the model's shape is not at hand, or what its heads were trained on.
     """
 
     norms: dict[str, NormCurve]
@@ -71,19 +71,27 @@ def read_trainings(run: Path, results: Results) -> Pair[Training]:
         heads = {
             path.parent.name: _json(path) for path in sorted((folder / "saes").glob("*/cfg.json"))
         }
-        flops = _flops(config, heads, results) if config else None
+        options = _json(run / RUN_FILE).get("options")
+        is_known = config and (options is not None or not heads)
+        flops = _flops(config, heads, options or {}, results) if is_known else None
         trainings.append(Training(_norms(log, results.sites), flops))
     return Pair(*trainings)
 
 
-def _flops(config: Mapping[str, Any], heads: Mapping[str, Any], results: Results) -> Flops:
+def _flops(
+    config: Mapping[str, Any],
+    heads: Mapping[str, Any],
+    options: Mapping[str, Any],
+    results: Results,
+) -> Flops:
     shapes = [
         (cfg["d_in"], cfg["d_sae"], results.cotrained_l0(site) or 0.0)
         for site, cfg in heads.items()
     ]
-    dense = sum(head_flops(d_in, d_sae) for d_in, d_sae, _ in shapes)
-    sparse = sum(head_flops(*shape) for shape in shapes)
-    return Flops(gpt2_flops(config), dense, sparse)
+    language = gpt2_flops(config)
+    dense = step_flops(language, [head_flops(d_in, d_sae) for d_in, d_sae, _ in shapes], options)
+    sparse = step_flops(language, [head_flops(*shape) for shape in shapes], options)
+    return Flops(dense.language, dense.heads, sparse.heads)
 
 
 def _norms(log: Sequence[Mapping[str, Any]], sites: Sequence[str]) -> dict[str, NormCurve]:
