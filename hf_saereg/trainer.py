@@ -224,6 +224,8 @@ class SAERegTrainer(RecordingTrainer):
             inputs |= {"compute_term": False} if self._splices else self._term_inputs()
         # in evaluation the mean over this process's own tokens, whose number is known here
         number = num_items_in_batch if model.training else None
+        if self.is_fsdp_enabled and number is not None:
+            number = int(number)  # FSDP rounds tensors on their way into the model
         ce, output = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=number
         )

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_saereg.corpora import first_rows
 from hf_saereg.errors import UserError
-from hf_saereg.heads.health import centre, resample
+from hf_saereg.heads.health import centre, forget, resample
 from hf_saereg.heads.tokens import tokens_read
 from hf_saereg.positions import language_inputs
 from hf_saereg.regularizer import SiteTerm
@@ -80,11 +80,17 @@ class HeadUpkeep(TrainerCallback):
             self._resample(step)
 
     def _resample(self, step: int) -> None:
+        tokens = self.trainer.model.token_count(self._last_inputs)
+        if not broadcast(torch.tensor(tokens, device=self.trainer.args.device)):
+            return  # the main process's latents are those of all, and it has no token to aim at
         activations = self._activations(self._last_inputs)
         optimizer = self.trainer.optimizer.optimizer
         generator = torch.Generator().manual_seed(step)
         for head in self.trainer.model.heads:
-            resample(head, activations[head.config.hook_name], generator, optimizer)
+            if tokens:
+                resample(head, activations[head.config.hook_name], generator, optimizer)
+            else:  # what the others start anew is new here, too
+                forget(head, head.dead.nonzero().squeeze(1), optimizer)
             for parameter in head.parameters():  # every process has other tokens
                 parameter.data = broadcast(parameter.data)
 

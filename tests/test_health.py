@@ -5,7 +5,7 @@ import torch
 
 from hf_saereg.heads import SAEHeadConfig, make_head
 from hf_saereg.heads.auxk import DeadReaders, auxk_loss
-from hf_saereg.heads.health import centre, resample
+from hf_saereg.heads.health import centre, forget, resample
 
 SITE = "blocks.0.hook_resid_pre"
 
@@ -84,6 +84,14 @@ def test_auxk_reaches_the_dead_and_nobody_else():
     assert not head.W_dec.grad[:5].any() and not head.W_enc.grad[:, 15:].any()
 
 
+def test_auxk_of_no_token_is_nothing():
+    head = head_with(auxk=4)
+    head.tokens_since_fired[5:15] = 10**9
+    auxiliary = head.losses(torch.zeros(0, 8, dtype=torch.float64)).auxiliary
+    auxiliary.backward()
+    assert auxiliary == 0 and not head.W_dec.grad.any()
+
+
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
 def test_a_resampled_latent_points_at_badly_reconstructed_tokens_and_fires(architecture):
     head = head_with(architecture)
@@ -111,6 +119,25 @@ def test_a_resampled_latent_points_at_badly_reconstructed_tokens_and_fires(archi
         assert (head.encode(x)[:, :10] != 0).any(dim=0).all()
 
 
+def test_forgotten_latents_keep_their_weights_and_nothing_else():
+    head = head_with("standard")
+    optimizer = torch.optim.Adam(head.parameters())
+    x = torch.randn(50, 8, dtype=torch.float64)
+    losses = head.losses(x)
+    (losses.reconstruction + losses.sparsity).backward()
+    optimizer.step()
+    head.tokens_since_fired.fill_(7)
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    forget(head, torch.tensor([2, 5]), optimizer)
+    assert head.tokens_since_fired.tolist() == [0 if i in (2, 5) else 7 for i in range(20)]
+    for name, parameter in head.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    for parameter, of_latents in ((head.W_dec, [2, 5]), (head.W_enc, (slice(None), [2, 5]))):
+        moment = optimizer.state[parameter]["exp_avg_sq"]
+        assert moment.any() and not moment[of_latents].any()
+    assert optimizer.state[head.b_dec]["exp_avg_sq"].all()
+
+
 def test_a_head_that_died_altogether_comes_back():
     head = head_with("standard")
     head.b_enc.data.fill_(-1e3)
@@ -135,6 +162,15 @@ def test_running_averages_do_not_see_the_tokens_of_a_resampling(head):
     assert before and head.training
     for name, buffer in before.items():
         assert torch.equal(head.get_buffer(name), buffer)
+
+
+def test_without_tokens_nothing_is_resampled():
+    head = head_with()
+    head.tokens_since_fired[:3] = 10**9
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    x, optimizer = torch.zeros(0, 8), torch.optim.Adam(head.parameters())
+    assert resample(head, x, torch.Generator(), optimizer) == 0
+    torch.testing.assert_close(dict(head.state_dict()), before, rtol=0, atol=0)
 
 
 def test_without_dead_latents_nothing_is_resampled():

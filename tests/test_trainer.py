@@ -790,6 +790,25 @@ def test_fsdp_rounds_neither_what_leaves_the_model_nor_gradients(tmp_path, monke
     assert found.output_dtype is None
 
 
+@pytest.mark.parametrize("sharded, kind", [(True, int), (False, torch.Tensor)])
+def test_fsdp_is_given_a_count_that_it_cannot_round(tmp_path, sharded, kind):
+    model = tiny_model().train()
+    ours = trainer(model, arguments(tmp_path))
+    ours.is_fsdp_enabled = sharded
+    received, ce = [], model.loss_function
+
+    def watched(*args, num_items_in_batch=None, **kwargs):
+        received.append(num_items_in_batch)
+        return ce(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    model.loss_function = watched
+    batch = collate(rows())
+    loss = ours.compute_loss(model, batch, num_items_in_batch=torch.tensor(4097.0))  # not in bf16
+    assert [type(number) for number in received] == [kind] and received[0] == 4097
+    expected = summed_ce(model(**batch).logits, batch["labels"]) / 4097
+    torch.testing.assert_close(loss, expected, **EXACT)
+
+
 def test_rows_that_are_no_batch_are_refused_where_it_would_be_dropped(tmp_path):
     options = {"per_device_train_batch_size": 4}
     trainer(tiny_model(), arguments(tmp_path, **options), rows()[:3]).train()

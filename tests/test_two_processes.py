@@ -113,13 +113,20 @@ def test_without_heads_norms_are_of_both_processes_tokens(folder, one):
     assert differences(found(folder, "plain without read"), one["plain"])
 
 
-def test_both_resample_alike_although_their_tokens_differ(folder):
-    def unequal(name):
-        first, second = (found(folder, name, rank)["state"] for rank in (0, 1))
-        return [n for n, tensor in first.items() if not torch.equal(tensor, second[n])]
+def unequal(folder, name):
+    """Names of tensors that are not the same on both processes."""
+    first, second = (found(folder, name, rank)["state"] for rank in (0, 1))
+    return [n for n, tensor in first.items() if not torch.equal(tensor, second[n])]
 
-    assert unequal("resampled") == []
-    assert any(name.startswith("heads.") for name in unequal("resampled without broadcast"))
+
+def test_both_resample_alike_although_their_tokens_differ(folder):
+    assert unequal(folder, "resampled") == []
+    own = unequal(folder, "resampled without broadcast")
+    assert any(name.startswith("heads.") for name in own)
+
+
+def test_both_resample_alike_where_one_has_no_token_to_read(folder):
+    assert unequal(folder, "resampled, one without tokens") == []
 
 
 def test_a_resumed_training_ends_on_the_same_bits(folder):

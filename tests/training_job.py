@@ -151,8 +151,10 @@ class Gradients(TrainerCallback):
 
 def run(folder, rank, options):
     kind = options.pop("kind")
-    if kind == "published":  # without the ratio, which is per process
-        model = tiny_model(heads(reconstruction_weight=0.0))
+    if (
+        kind == "published"
+    ):  # the ratio is per process here, per micro-batch there: of the same rows
+        model = tiny_model(heads(reconstruction_weight=3.0))
     else:
         model = tiny_model(upkept_heads(), term=TermOptions(sites_per_step=2, splice_weight=0.3))
     args = arguments(folder / f"rank_{rank}", **options)

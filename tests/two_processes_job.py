@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from training_job import (
     CONTEXT,
+    LENGTHS,
     SITES,
     arguments,
     rows,
@@ -57,13 +58,14 @@ def in_mode(mode, heads):
     return model.double()
 
 
-def train(model, folder, resume=None, **options):
+def train(model, folder, resume=None, lengths=LENGTHS, **options):
     """What comes out of four steps: weights, buffers, logs, and the rows that were seen."""
     defaults = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
     defaults |= {"train_sampling_strategy": "random"}
     args = arguments(folder, **(defaults | options))
     # the last round has one row for two processes that take two each
-    ours = trainer(model, args, eval_dataset=rows([CONTEXT, 5, 7, 3, 11], seed=2))
+    evaluated = rows([CONTEXT, 5, 7, 3, 11], seed=2)
+    ours = trainer(model, args, rows(lengths), eval_dataset=evaluated)
     seen, training_step = [], ours.training_step
 
     def watched(model, inputs, *rest):
@@ -82,6 +84,18 @@ def train(model, folder, resume=None, **options):
         "log": ours.state.log_history,
         "seen": seen,
     }
+
+
+def resampled_by_one(folder):
+    """Five steps: in the second the second process has no token to read, in the fourth the first.
+
+    Heads skip the whole of the short rows.
+    """
+    model = tiny_model(upkept_heads(skip_positions=3, dead_after_tokens=1))
+    lengths = [3, 3, CONTEXT, 5, 7, 8, 2, 3, 9, 6, 11, 8]  # a step takes four, two a process
+    options = {"max_steps": 5, "train_sampling_strategy": "sequential", "optim": "adamw_torch"}
+    options |= {"kernel": "dense"}  # otherwise each process chooses by its own tokens
+    return train(model, folder, lengths=lengths, resample_every=2, **options)
 
 
 def evaluate(model, folder):
@@ -151,6 +165,7 @@ def on_two(folder):
     with without("broadcast"):
         own = train(upkept(), folder / "without", resample_every=2)
         yield "resampled without broadcast", own
+    yield "resampled, one without tokens", resampled_by_one(folder / "resampled")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def auxk_loss(head: "SAEHead", own: DeadReaders, centred: Tensor, error: Tensor)
     k = min(head.config.auxk, len(dead))
     selection = LargestK(k)
     W_enc, b_enc = own.W_enc.index_select(1, dead), own.b_enc[dead]
-    W_dec, origin = own.W_dec.index_select(0, dead), torch.zeros_like(error[0])
+    W_dec, origin = own.W_dec.index_select(0, dead), error.new_zeros(error.shape[1])
     kernel = kernels.pick(head.kernel, k / len(dead), W_enc)
 
     def one_pass(centred: Tensor) -> tuple[Tensor]:

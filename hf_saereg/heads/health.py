@@ -4,6 +4,8 @@ Notable:
 - both look at real activations, so a trainer calls them, not a head
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,7 @@ def resample(
         optimizer: that trains the head.
 
     Returns:
-        How many latents were dead.
+        How many latents were dead; 0, and nothing is done, where there is no token.
 
     See: "Towards Monosemanticity" (Anthropic, 2023), appendix on neuron resampling.
     """
@@ -72,24 +74,39 @@ def resample(
     living = ~head.dead if not head.dead.all() else head.dead  # without any, as the dead ones are
     living_norm = head.encoder_weight[:, living].norm(dim=0).mean()
     fresh = type(head)(head.config).to(head.W_dec)
-    for name, parameter in head.named_parameters():
+    for name, parameter, own in _of_latents(head, dead):
         if name == "W_dec":
             norm = 1.0 if not head.config.tied else RESAMPLED_ENCODER_NORM * living_norm
-            rows, values = (dead,), norm * directions
+            values = norm * directions
         elif name == "W_enc":
-            rows = (slice(None), dead)
             values = RESAMPLED_ENCODER_NORM * living_norm * directions.T
-        elif parameter.shape == (head.config.d_sae,):
-            rows, values = (dead,), fresh.get_parameter(name)[dead]
         else:
-            continue
-        parameter[rows] = values.to(parameter.dtype)
-        _forget(optimizer, parameter, rows)
-    head.tokens_since_fired[dead] = 0
+            values = fresh.get_parameter(name)[dead]
+        parameter[own] = values.to(parameter.dtype)
+    forget(head, dead, optimizer)
     return len(dead)
 
 
-def _forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: tuple) -> None:
-    for moment in optimizer.state.get(parameter, {}).values():
-        if moment.shape == parameter.shape:
-            moment[rows] = 0
+@torch.no_grad()
+def forget(head: SAEHead, latents: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take latents for new ones: without momentum, and as if they had just fired.
+
+    Args:
+        head: whose weights stay as they are.
+        latents: (latents,) indices.
+        optimizer: that trains the head.
+    """
+    for _, parameter, own in _of_latents(head, latents):
+        for moment in optimizer.state.get(parameter, {}).values():
+            if moment.shape == parameter.shape:
+                moment[own] = 0
+    head.tokens_since_fired[latents] = 0
+
+
+def _of_latents(head: SAEHead, latents: Tensor) -> Iterator[tuple[str, nn.Parameter, tuple]]:
+    """Parameters that a latent has a part of, by name, each with the index of these latents'."""
+    for name, parameter in head.named_parameters():
+        if name == "W_enc":
+            yield name, parameter, (slice(None), latents)
+        elif name == "W_dec" or parameter.shape == (head.config.d_sae,):
+            yield name, parameter, (latents,)
