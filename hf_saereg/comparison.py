@@ -4,6 +4,7 @@ Notable:
 - every model is scored on the same validation blocks with the same grid, steps and seed
 """
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ def describe_setup(
         f"d_sae {_listed(dict.fromkeys(fresh_d_sae))}, "
         f"{fresh.fresh_steps} steps of {fresh.fresh_batch_size * corpus.block_size} tokens, "
         f"fidelity on {min(fresh.fidelity_blocks, len(blocks['validation']))} blocks",
+        **fresh.schedule.told(corpus.block_size),
+        "scored_tokens": min(fresh.fidelity_blocks, len(blocks["validation"])) * corpus.block_size,
+        "text_seed": arguments.seed,
+        **dataclasses.asdict(heads.skip),
         "seed": arguments.seed,
         "command": command_line(),
         "device": devices,

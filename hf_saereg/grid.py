@@ -11,7 +11,7 @@ Notable:
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -65,6 +65,15 @@ class Schedule:
             if not is_good:
                 shown = names.get(name, name)
                 raise HeadConfigError(f"{shown} is {getattr(self, name)}; {expected}.")
+
+    def told(self, block_size: int) -> dict[str, float]:
+        """What every `results.json` says of it in `setup`, whatever else was trained there.
+
+        Args:
+            block_size: tokens a block.
+        """
+        own = {f"fresh_{name}": value for name, value in asdict(self).items()}
+        return own | {"fresh_tokens_per_step": self.batch_size * block_size}
 
     @property
     def half(self) -> int:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 from launching import REPOSITORY, start_two
+from saereg_command import saereg
 from tiny_recipe import configuration
 
 from hf_saereg.commands.compare import main
@@ -307,6 +308,30 @@ def test_an_untrained_model_predicts_like_chance(study):
     found = json.loads((study[0] / "out" / "untrained" / "seed_0" / "cell.json").read_text())
     assert found["figures"]["steps"] == 0
     assert found["figures"]["eval_ce"] == pytest.approx(4.852, abs=0.1)  # ln 128
+
+
+def test_the_heads_of_a_pair_of_cells_are_measured(study, capsys):
+    pytest.importorskip("scipy")
+    pair = [study[0] / "out" / name / "seed_0" for name in ("plain", "steered")]
+    text = ("--dataset", study[0] / "text.txt", "--blocks", 4, "--use_cpu", "true")
+    assert saereg("quality", *pair, *text) is None
+    said = capsys.readouterr().out
+    for own in pair:
+        content = json.loads((own / "cell.json").read_text())
+        name, scored = content["variant"], content["scores"]["rows"]
+        rows = json.loads((own / "quality.json").read_text())["heads"]
+        assert {row["model"] for row in rows} == {name} and f"on {name}: L0" in said
+        wanted = sorted((row["source"], row["site"], row["d_sae"]) for row in scored)
+        assert sorted((row["source"], row["site"], row["d_sae"]) for row in rows) == wanted
+    assert "saereg report" not in said  # which has no page for a cell
+
+
+def test_a_cell_whose_model_was_never_saved_cannot_be_measured(study):
+    pytest.importorskip("scipy")
+    untrained = study[0] / "out" / "untrained" / "seed_0"
+    said = saereg("quality", untrained, "--dataset", study[0] / "text.txt", "--use_cpu", "true")
+    assert "has no model to measure" in said and "\n" not in said
+    assert not (untrained / "quality.json").exists()
 
 
 def test_cotrained_heads_are_scored_on_the_baseline_too(study):

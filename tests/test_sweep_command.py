@@ -120,6 +120,16 @@ def test_what_is_skipped_is_kept_with_the_heads_and_read_again(given, tmp_path):
     assert f"{read:,} tokens" in (tmp_path / "page" / "index.html").read_text()
 
 
+def test_the_ce_of_the_scored_blocks_is_not_called_validation_ce(swept):
+    results = results_of(swept)
+    assert results["models"].keys() == {"model"}
+    assert results["models"]["model"].keys() == {"parameters"}
+    assert results["baselines"]["model"]["clean_ce"] == results["compound"][0]["clean_ce"] > 0
+    told = {"fresh_steps": 8, "fresh_batch_size": 2, "fresh_warmup_steps": 1}
+    assert told.items() <= results["setup"].items()
+    assert not {"steps", "tokens_per_step"} & results["setup"].keys()
+
+
 def test_every_cell_is_scored_and_its_heads_are_kept(swept):
     assert {path.name for path in (swept / "saes").iterdir()} == CELLS
     results = results_of(swept)

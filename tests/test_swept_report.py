@@ -15,8 +15,12 @@ from pages import (
     needs_browser,
 )
 from test_report import make_results
+from tiny_recipe import TINY, configuration
 
 from hf_saereg import cli
+from hf_saereg.character import CharacterJob
+from hf_saereg.commands.sweep import SweepArguments
+from hf_saereg.report.measured import read_measured
 from hf_saereg.report.results import ReportError
 from hf_saereg.report.swept import read_runs, unlike
 from hf_saereg.report.swept_curves import (
@@ -100,6 +104,20 @@ def test_models_of_the_same_name_are_told_apart_by_their_run(runs):
     assert [model.label for model in read_runs(runs[:1])] == ["model"]
 
 
+def test_runs_of_the_same_folder_name_are_told_apart_by_as_much_of_their_paths_as_it_takes(
+    tmp_path,
+):
+    names = {"x/sweep": "merged", "y/sweep": "merged", "z/sweep": "other"}
+    folders = [save(tmp_path / path, make_sweep(name)) for path, name in names.items()]
+    labels = ["merged (x/sweep)", "merged (y/sweep)", "other"]
+    assert [model.label for model in read_runs(folders)] == labels
+    setup = {"dataset": "text", "tokens": {}, "command": "saereg quality"}
+    measured = {"heads": [], "consistency": [], "composition": [], "setup": setup}
+    for folder in folders:
+        (folder / "quality.json").write_text(json.dumps(measured))
+    assert [model.label for model in read_measured(folders)] == labels
+
+
 def test_a_curve_goes_through_the_means_over_seeds(runs):
     (model,) = read_runs(runs[:1])
     assert variants([model]) == [TOPK]
@@ -144,10 +162,45 @@ def test_what_was_not_made_alike_is_said(tmp_path):
     shorter["setup"] |= {"steps": 200, "tokens_per_step": 512}
     silent = make_sweep("silent")
     runs = [save(tmp_path / str(i), run) for i, run in enumerate((longer, shorter, silent))]
-    assert unlike(read_runs(runs)) == {"steps": [("longer", 2000), ("shorter", 200)]}
+    assert unlike(read_runs(runs)) == {"fresh_steps": [("longer", 2000), ("shorter", 200)]}
     text = text_of(write_swept_report(runs, tmp_path / "page"))
     assert "Not made alike" in text and "steps 2000 (longer), 200 (shorter)" in text
     assert "blocks.1.hook_resid_post" in text
+
+
+def test_a_sweep_beside_a_comparison_is_compared_by_the_training_of_its_saes(tmp_path):
+    """`steps` of a comparison are the language model's."""
+    trained = {"regularizer": "topk heads", "steps": 2500, "tokens_per_step": 4096}
+    alike = {"fresh_steps": 200, "fresh_tokens_per_step": 512}
+    setups = {
+        "sweep": alike,
+        "older sweep": {"steps": 200, "tokens_per_step": 512},
+        "comparison": trained | alike,
+        "older comparison": trained,
+        "longer comparison": trained | alike | {"fresh_steps": 400},
+    }
+    runs = {name: make_sweep(name) for name in setups}
+    for name, own in setups.items():
+        runs[name]["setup"] |= own
+    runs["older sweep"]["models"] = {"older sweep": {"eval_ce": 2.0, "parameters": 8}}
+    folders = [save(tmp_path / name, run) for name, run in runs.items()]
+    assert unlike(read_runs(folders[:4])) == {}
+    told = ("sweep", "older sweep", "comparison")
+    expected = [*((name, 200) for name in told), ("longer comparison", 400)]
+    assert unlike(read_runs(folders)) == {"fresh_steps": expected}
+
+
+def test_a_recipe_tells_the_training_of_its_fresh_saes_as_a_sweep_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    config = configuration(tmp_path, fresh_batch_size=2, fidelity_blocks=3)
+    setup = CharacterJob.from_options(["--config", str(config)]).setup
+    arguments = SweepArguments(
+        "model", max_steps=TINY["fresh_steps"], batch_size=2, families=["topk"]
+    )
+    block = TINY["block_size"]
+    assert arguments.schedule.told(block).items() <= setup.items()
+    assert (setup["fresh_tokens_per_step"], setup["tokens_per_step"]) == (2 * block, 4 * block)
+    assert setup["scored_tokens"] == 3 * block and setup["text_seed"] == setup["seed"] == 3
 
 
 def test_sizes_that_differ_by_site_are_a_variant_of_their_own(tmp_path):

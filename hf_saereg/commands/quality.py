@@ -2,15 +2,15 @@
 
     saereg quality RUN… --dataset TEXT
 
-Writes `RUN/quality.json`, which `saereg report` shows.
+Writes `RUN/quality.json`, which `saereg report` shows of sweeps and recipes.
 
 Notable:
-- a run is a folder of `saereg sweep`, or of a training recipe with its two models
+- a run is a folder of `saereg sweep`, of a training recipe with its two models, or of one cell of a
+  study, DIR/VARIANT/seed_N
 - consistency needs two seeds of a cell, composition two sizes of it; what a run lacks is left out
   and said; the classes of characters need a tokenizer with one token a character
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,23 @@ from hf_saereg.commands.text import TextArguments
 from hf_saereg.fresh import fidelity_batches
 from hf_saereg.head_quality import QUALITY_FILE, kept_sets, measure_model, own_set
 from hf_saereg.heads import SkipOptions
+from hf_saereg.layout import MODEL_CONFIG
 from hf_saereg.loading import fingerprint, load_checkpoint
 from hf_saereg.options import parse_options
 from hf_saereg.processes import start_accelerator
 from hf_saereg.quality import QualityError, require_matching
 from hf_saereg.report.measured import as_text, read_measured
 from hf_saereg.report.results import read_json
-from hf_saereg.run_folder import command_line, package_versions, write_json
+from hf_saereg.run_folder import (
+    command_line,
+    package_versions,
+    recorded_fingerprint,
+    write_json,
+)
+from hf_saereg.study_cells import CELL_FILE
 
 RESULTS_FILE = "results.json"
+FRESH_FOLDER = "fresh"
 KINDS = ("heads", "consistency", "composition")
 
 
@@ -38,7 +46,9 @@ KINDS = ("heads", "consistency", "composition")
 class QualityArguments:
     """Options of the measures; those of the text are `TextArguments`."""
 
-    runs: list[str] = field(metadata={"help": "Folders of sweeps or of training recipes."})
+    runs: list[str] = field(
+        metadata={"help": "Folders of sweeps, training recipes or cells of studies."}
+    )
     models: list[str] | None = field(
         default=None,
         metadata={"help": "Where the models of sweeps are now, one a run, if they were moved."},
@@ -103,31 +113,46 @@ def main(words: Sequence[str]) -> None:
         setup |= {"command": command_line(), "versions": package_versions()}
         write_json(run / QUALITY_FILE, rows | {"setup": setup})
         print(as_text(read_measured([run])))
-        print(f"Wrote {run / QUALITY_FILE}; show it with: saereg report {run}")
+        is_reported = (run / RESULTS_FILE).is_file()
+        show = f"; show it with: saereg report {run}" if is_reported else ""
+        print(f"Wrote {run / QUALITY_FILE}{show}")
 
 
 def members_of(run: Path, moved: str | None) -> list[Member]:
     """The models of a run, each with its fresh heads.
 
     Args:
-        run: folder with a `results.json`.
+        run: folder with a `results.json`, or of a study's cell.
         moved: where the model of a sweep is now.
 
     Raises:
         UserError: if the folder is of another kind.
     """
-    results = read_json(run / RESULTS_FILE)
-    if (run / "fresh").is_dir():
-        if moved is not None:
-            raise QualityError(f"{run} holds its own models; leave --models out.")
-        names = results["baselines"]
-        members = [Member(name, str(run / name), run / "fresh" / name) for name in names]
+    if (run / FRESH_FOLDER).is_dir() and moved is not None:
+        raise QualityError(f"{run} holds its own models; leave --models out.")
+    if (run / CELL_FILE).is_file():
+        members = [_member_of_study(run)]
+    elif (run / FRESH_FOLDER).is_dir():
+        names = read_json(run / RESULTS_FILE)["baselines"]
+        members = [Member(name, str(run / name), run / FRESH_FOLDER / name) for name in names]
     else:
+        results = read_json(run / RESULTS_FILE)
         (name,) = results["baselines"]
         members = [Member(name, moved or results["setup"]["source"], run)]
     for member in members:
         kept_sets(member.folder)
     return members
+
+
+def _member_of_study(cell: Path) -> Member:
+    content = read_json(cell / CELL_FILE)
+    model = cell / content["model"]
+    if not (model / MODEL_CONFIG).is_file():
+        raise QualityError(
+            f"{cell} has no model to measure, for {model} is not there; name a cell of a study "
+            "that was trained and still has it."
+        )
+    return Member(content["variant"], str(model), cell / FRESH_FOLDER)
 
 
 def _measure(
@@ -139,7 +164,7 @@ def _measure(
     device: torch.device,
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
     model, tokenizer = load_checkpoint(member.model, arguments.tokenizer)
-    swept = _swept_fingerprint(run)
+    swept = recorded_fingerprint(run)
     if swept is not None and swept != fingerprint(model):
         raise QualityError(
             f"{member.model} is not the model that {run} was swept on; name that one by --models."
@@ -152,10 +177,3 @@ def _measure(
     model.skip_over(skip.for_trained(fresh.config, member.folder))
     rows = measure_model(model, tokenizer, sets, batches, arguments.parts, member.name)
     return rows, sum(map(model.token_count, batches))
-
-
-def _swept_fingerprint(run: Path) -> str | None:
-    path = run / "run.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))["options"].get("model_sha256")

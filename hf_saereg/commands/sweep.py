@@ -245,8 +245,7 @@ def describe(
         "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
         f"context {config.n_positions}, vocabulary {config.vocab_size}",
         "source": arguments.model,
-        **dataclasses.asdict(arguments.schedule),
-        "tokens_per_step": arguments.batch_size * block_size,
+        **arguments.schedule.told(block_size),
         "text_seed": arguments.text_seed,
         **dataclasses.asdict(model.skip),
         "command": command_line(),
@@ -261,11 +260,15 @@ def as_results(
     scores: dict[str, Any],
     setup: dict[str, Any],
 ) -> dict[str, Any]:
-    """`results.json` of one model, with the keys of a comparison's."""
+    """`results.json` of one model, with the keys of a comparison's.
+
+    Of validation CE it knows none: `baselines` has `clean_ce`, on the blocks that heads are scored
+    on, which versions before called `eval_ce` of `models` too.
+    """
     name, base = arguments.name, scores["baselines"]
     parameters = sum(parameter.numel() for parameter in model.plain_view().parameters())
     return {
-        "models": {name: {"eval_ce": base["clean_ce"], "parameters": parameters}},
+        "models": {name: {"parameters": parameters}},
         "sites": model.hook_names,
         "rows": scores["rows"],
         "compound": scores["compound"],

@@ -7,12 +7,12 @@ What is notable:
 """
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_saereg.report.labels import labels_of
 from hf_saereg.report.results import FRESH, ReportError, read_as, read_json
 
 QUALITY_FILE = "quality.json"
@@ -201,29 +201,29 @@ def read_measured(folders: Sequence[Path]) -> list[MeasuredModel]:
     """Models of those runs that hold a `quality.json`, in the order of the runs.
 
     Args:
-        folders: of runs, with their `results.json`.
+        folders: of runs, with their `results.json`, or of cells of studies, which have none.
 
     Raises:
         ReportError: if a file is damaged or lacks a key.
     """
-    names = [
-        (folder, name)
-        for folder in folders
-        if (folder / RESULTS_FILE).is_file()
-        for name in read_json(folder / RESULTS_FILE)["baselines"]
-    ]
-    shared = Counter(name for _, name in names)
+    names = [(folder, name) for folder in folders for name in _model_names(folder)]
     found = []
-    for place, (folder, name) in enumerate(names):
+    for place, ((folder, name), label) in enumerate(zip(names, labels_of(names), strict=True)):
         path = folder / QUALITY_FILE
         if path.is_file():
             try:
                 run = read_as(MeasuredRun, read_json(path))
             except ReportError as error:
                 raise ReportError(f"{path}: {error}") from error
-            label = name if shared[name] == 1 else f"{name} ({folder.resolve().name})"
             found.append(MeasuredModel(label, name, place, run))
     return found
+
+
+def _model_names(folder: Path) -> list[str]:
+    if (folder / RESULTS_FILE).is_file():
+        return list(read_json(folder / RESULTS_FILE)["baselines"])
+    path = folder / QUALITY_FILE
+    return list(read_json(path)["setup"]["tokens"]) if path.is_file() else []
 
 
 def measures(models: Sequence[MeasuredModel]) -> dict[str, Measure]:

@@ -2,22 +2,25 @@
 
 What is notable:
 
-- Any `results.json` will do, of a sweep or of a comparison; models keep their names, and the run's
-  folder tells two of the same name apart.
+- Models are alike in a condition as far as both tell it: `steps` of an older comparison are the
+  language model's, so that it tells nothing of its SAEs' training.
+- Any `results.json` will do, of a sweep or of a comparison; models keep their names, and the end
+  of the run's path tells two of the same name apart.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_saereg.report.labels import labels_of
 from hf_saereg.report.results import Histogram, ReportError, read_as, read_json
 
 RESULTS_FILE = "results.json"
 # what a setup says of how SAEs were trained and scored; where it differs, so may costs
 CONDITIONS = (
     *("dataset", "train_tokens", "validation_tokens", "scored_tokens", "text_seed"),
-    *("steps", "tokens_per_step", "learning_rate", "warmup_steps", "cooldown"),
+    *("fresh_steps", "fresh_tokens_per_step", "fresh_learning_rate"),
+    *("fresh_warmup_steps", "fresh_cooldown"),
     *("skip_positions", "skip_tokens"),
 )
 
@@ -156,14 +159,14 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
             run = read_as(SweptRun, content)
         except ReportError as error:
             raise ReportError(f"{path}: {error}") from error
-        told = {name: content["setup"][name] for name in CONDITIONS if name in content["setup"]}
+        told = _conditions(content["setup"])
         found += [(folder, name, run, told) for name in run.baselines]
     if not any(run.compound for _, _, run, _ in found):
         raise ReportError("The runs hold no SAE, so there is nothing to show.")
-    names = Counter(name for _, name, _, _ in found)
+    labels = labels_of([(folder, name) for folder, name, _, _ in found])
     return [
         SweptModel(
-            label=name if names[name] == 1 else f"{name} ({folder.resolve().name})",
+            label=label,
             run=folder,
             baseline=run.baselines[name],
             sites=run.sites,
@@ -173,8 +176,16 @@ def read_runs(folders: Sequence[Path]) -> list[SweptModel]:
             conditions=told,
             seconds=run.seconds,
         )
-        for folder, name, run, told in found
+        for label, (folder, name, run, told) in zip(labels, found, strict=True)
     ]
+
+
+def _conditions(setup: Mapping[str, object]) -> dict[str, object]:
+    told = {name: setup[name] for name in CONDITIONS if name in setup}
+    if "regularizer" in setup:  # a comparison, whose other steps are not the SAEs'
+        return told
+    older = {name: name.removeprefix("fresh_") for name in CONDITIONS}
+    return {name: setup[own] for name, own in older.items() if own in setup} | told
 
 
 def unlike(models: Sequence[SweptModel]) -> dict[str, list[tuple[str, object]]]:
