@@ -375,6 +375,26 @@ def test_page_says_plainly_that_the_regularized_model_is_worse():
         assert f"{site} at every L0 compared" in text
 
 
+def test_page_says_that_no_control_was_run():
+    text = page_text(make_results())
+    assert "No control: how much of this an untrained model would show" in text
+    assert "saereg compare runs both" in text
+
+
+def test_page_singles_out_the_site_that_the_published_post_doubts():
+    outcomes = {
+        (own.family, own.site): own.outcome for own in compare_sites(read_results(make_results()))
+    }
+    said = ", ".join(
+        f"{outcomes[family, SITES[3]]} with fresh {family} SAEs" for family in FAMILIES
+    )
+    assert "mixed with fresh topk SAEs" in said
+    text = page_text(make_results())
+    assert text.count("found the gain unreliable") == 1 and f"over all L0 is {said}." in text
+    elsewhere = json.dumps(make_results()).replace(SITES[3], "blocks.7.hook_resid_pre")
+    assert "found the gain unreliable" not in page_text(json.loads(elsewhere))
+
+
 def test_page_admits_what_is_not_settled():
     assert "The comparison is not settled" in page_text(make_results(moved=0.2))
 
