@@ -24,7 +24,7 @@ from hf_saereg.report.results import (
     read_results,
 )
 from hf_saereg.report.training_files import Training, read_trainings
-from hf_saereg.report.verdict import Curve, compound_curve, site_curve
+from hf_saereg.report.verdict import Curve, Outcome, compound_curve, site_curve
 
 FIGURE_TITLES = {
     "compound": "Compound CE increase against Σ\N{NO-BREAK SPACE}L0",
@@ -164,6 +164,8 @@ def render_page(
     Returns:
         The HTML.
     """
+    from hf_saereg.report.study_page import DOUBTED_SITE  # here, for it imports torch
+
     heads = results.cotrained_compound()
     return render_template(
         "index.html.j2",
@@ -176,6 +178,8 @@ def render_page(
         trainings=trainings,
         quality=quality,
         phases={PHASES.get(key, key.replace("_", " ")): s for key, s in results.seconds.items()},
+        doubted_site=DOUBTED_SITE,
+        doubted=_outcomes(found, DOUBTED_SITE),
         cotrained=_cotrained(results),
         cotrained_compound=heads,
         fresh_compound=heads
@@ -185,6 +189,16 @@ def render_page(
         change=findings.change,
         ce_change=findings.ce_change,
     )
+
+
+def _outcomes(found: findings.Findings, site: str) -> dict[str, Outcome]:
+    """By family; nothing where the models have no such site."""
+    return {
+        family: finding.comparison.outcome
+        for family, own in found.sites.items()
+        for finding in own
+        if finding.comparison.site == site
+    }
 
 
 def _cotrained(results: Results) -> list[CotrainedHead]:
