@@ -50,15 +50,21 @@ def run_python(*words, **options):
     return stdout_of(start_python(*words, **options))
 
 
-def launch_two(*words, timeout=120):
+def launch_two(*words, **options):
     """As `start_two`; fails with what it wrote to stderr, or returns what it wrote to stdout."""
-    return stdout_of(start_two(*words, timeout=timeout))
+    return stdout_of(start_two(*words, **options))
 
 
-def start_two(*words, timeout=120):
-    """Run a script, or `-m MODULE`, with its words in two processes, to its end."""
+def start_two(*words, timeout=120, **variables):
+    """Run a script, or `-m MODULE`, with its words in two processes, to its end.
+
+    Args:
+        words: after `accelerate launch`.
+        timeout: seconds.
+        variables: of the environment.
+    """
     with socket.socket() as free:  # other launches on this machine have the default port
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--config_file", TWO_PROCESSES]
-    return start_python(*launch, "--main_process_port", port, *words, timeout=timeout)
+    return start_python(*launch, "--main_process_port", port, *words, timeout=timeout, **variables)

@@ -11,12 +11,14 @@ import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from launching import launch_two
 from safetensors.torch import load_file
 from tiny_checkpoint import SITES, save_official_layout, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from hf_saereg.errors import one_sentence_errors
 from hf_saereg.finetuning import BaseModelArguments
+from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.run_folder import finished_figures
 
 REPOSITORY = Path(__file__).parents[1]
@@ -142,6 +144,36 @@ def test_a_mode_trains_by_its_yaml(base, tmp_path, config, options):
     assert before.keys() == after.keys()
     same = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert same == (mode == "heads")
+
+
+@pytest.mark.slow
+def test_two_processes_tune_adapters_by_the_recipe_and_the_first_alone_writes(base, tmp_path):
+    run = tmp_path / "run"
+    own = {"model_name_or_path": base / "gpt2_base", "dataset": base / "text.txt"}
+    own |= STEPS | HEADS | {"output_dir": run, "max_steps": 2}
+    own |= {"anchor_weight": 1.0, "lora_dropout": 0.0}
+    recipe = [RECIPES / "finetune_gpt2.py", "--config", RECIPES / "gpt2_base_lora.yaml"]
+    job = [Path(__file__).with_name("watched_job.py"), tmp_path]
+    printed = launch_two(*job, *recipe, *words(**own), HF_DATASETS_CACHE=tmp_path / "cache")
+    assert printed.count("'eval_ce': ") == 1
+    assert json.loads((run / "run.json").read_text())["world_size"] == 2
+    figures = finished_figures(run)
+    assert figures["steps"] == 2 and figures["kl_to_base"] > 0 and figures["train_ce"] > 0
+    by_first, by_second = (
+        {Path(path).name for path in json.loads(opened.read_text()) if path.startswith(f"{run}/")}
+        for opened in (tmp_path / "opened_0.json", tmp_path / "opened_1.json")
+    )
+    assert by_first >= {"run.json.tmp", "adapter_config.json", "config.json", "README.md"}
+    assert by_second <= {"rng_state_1.pth"}
+    adapted = SAERegGPT2LMHeadModel.from_pretrained(run).eval()
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+    assert adapted.has_adapters and sorted(adapted.heads.hook_names) == sorted(SITES)
+    assert sorted(path.name for path in (run / "merged").glob("saes/*")) == sorted(SITES)
+    input_ids = torch.arange(32)[None]
+    logits = merged(input_ids).logits
+    torch.testing.assert_close(adapted(input_ids).logits, logits, rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(base / "gpt2_base").eval()
+    assert not torch.allclose(plain(input_ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_heads_come_from_a_run_before(base, tmp_path):
