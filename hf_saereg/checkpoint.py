@@ -1,8 +1,8 @@
 """Which folder the name of a checkpoint means, checked before anything is loaded from it.
 
 Notable:
-- of a repository on the Hub only what is needed is downloaded: `config.json` and the heads that are
-  asked for, then the weights, all of one commit
+- of a repository on the Hub only what is needed is downloaded: the configuration and the heads that
+  are asked for, then the weights, all of one commit; for an adapter those of its base, too
 - weights are read from safetensors alone; a repository that has only a pickle is refused, and the
   pickle is not even downloaded
 """
@@ -16,6 +16,7 @@ from hf_saereg.errors import UserError
 from hf_saereg.hub import fetch
 from hf_saereg.layout import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     GENERATION_CONFIG,
     HEAD_FILES,
     HEADS_FOLDER,
@@ -35,7 +36,7 @@ def find_checkpoint(
     hook_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Path:
-    """The folder of a GPT-2 checkpoint, downloaded if need be.
+    """The folder of a GPT-2 checkpoint, or of an adapter for one, downloaded if need be.
 
     Args:
         name_or_path: a folder, or a repository on the Hub.
@@ -49,12 +50,15 @@ def find_checkpoint(
         HubError: if the Hub cannot be reached, refuses, or has no such repository or revision.
     """
     folder, commit = _with_heads(name_or_path, subfolder, hook_names, options)
-    if not (folder / MODEL_CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
-        return folder  # `transformers` finds its base model
-    _check_is_gpt2(folder, name_or_path)
+    base = _base_of_adapter(folder, name_or_path)
+    if base is None:
+        _check_is_gpt2(folder, name_or_path)
     if commit is not None:
-        patterns = _below(subfolder, [*MODEL_WEIGHTS, GENERATION_CONFIG])
+        patterns = _below(subfolder, [*MODEL_WEIGHTS, GENERATION_CONFIG, ADAPTER_WEIGHTS])
         fetch(str(name_or_path), patterns, **{**options, "revision": commit})
+    if base is not None:
+        # `transformers` loads it; what is wrong with it is said here
+        find_checkpoint(base, hook_names=[], **{**options, "revision": None})
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{name_or_path} has no weights in safetensors (model.safetensors), and weights in a "
@@ -114,12 +118,28 @@ def _with_heads(
         return Path(name_or_path) / subfolder, None
     heads = ["*"] if hook_names is None else hook_names
     names = [f"{HEADS_FOLDER}/{head}/{file}" for head in heads for file in HEAD_FILES]
-    fetched = fetch(str(name_or_path), _below(subfolder, [MODEL_CONFIG, *names]), **options)
+    fetched = fetch(
+        str(name_or_path), _below(subfolder, [MODEL_CONFIG, ADAPTER_CONFIG, *names]), **options
+    )
     return fetched.folder / subfolder, fetched.commit
 
 
 def _below(subfolder: str, names: Sequence[str]) -> list[str]:
     return [(PurePosixPath(subfolder) / name).as_posix() for name in names]
+
+
+def _base_of_adapter(folder: Path, name_or_path: str | Path) -> str | None:
+    """Name of the model that an adapter is for; None where the folder holds a model."""
+    path = folder / ADAPTER_CONFIG
+    if (folder / MODEL_CONFIG).is_file() or not path.is_file():
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it.") from error
+    if not base:
+        raise CheckpointError(f"The adapter of {name_or_path} names no base model to put it on.")
+    return base
 
 
 def _check_is_gpt2(folder: Path, name_or_path: str | Path) -> None:

@@ -28,6 +28,7 @@ HOOK_NAME = re.compile(r"blocks\.\d+\.hook_resid_(pre|post)")
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TRAINING_RECORD = "training.json"
 CARD = "README.md"
@@ -38,7 +39,7 @@ PUBLISHED = (
     GENERATION_CONFIG,
     *MODEL_WEIGHTS,
     ADAPTER_CONFIG,
-    "adapter_model.safetensors",
+    ADAPTER_WEIGHTS,
     "tokenizer.json",
     TOKENIZER_CONFIG,
     "special_tokens_map.json",

@@ -40,6 +40,7 @@ from hf_saereg.heads.folder import (
 )
 from hf_saereg.heads.tokens import token_mask, tokens_read
 from hf_saereg.hub import HUB_OPTIONS, PushArguments
+from hf_saereg.layout import MODEL_CONFIG
 from hf_saereg.regularizer import SiteTerm, TermOptions, random_tokens, regularization
 from hf_saereg.sites import SitedGPT2LMHeadModel
 from hf_saereg.splicing import Splice
@@ -344,6 +345,8 @@ class SAERegGPT2LMHeadModel(Adapted, SitedGPT2LMHeadModel):
         subfolder = kwargs.pop("subfolder", "")
         checkpoint = find_checkpoint(name, subfolder, hook_names, **options)
         kwargs["use_safetensors"] = True
+        if not (checkpoint / MODEL_CONFIG).is_file():  # an adapter, whose base is found like it
+            kwargs |= {k: v for k, v in options.items() if k != "revision"}
         try:
             loaded = super().from_pretrained(checkpoint, *model_args, **kwargs)
         except SafetensorError as error:

@@ -23,12 +23,13 @@ from hf_saereg.errors import UserError
 RUN_FILE = "run.json"
 RECORD_KEYS = {"options", "figures", "world_size", "wall_seconds"}  # that a continuation reads
 PACKAGES = ("hf-saereg", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numba")
-# what may differ between a run and its continuation: how it is watched and published, not what it
-# computes
+# what may differ between a run and its continuation: how it is watched, waited for and published,
+# not what it computes
 CONTINUATION_OPTIONS = {
     *("resume_from_checkpoint", "disable_tqdm", "logging_dir", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
     *("hub_private_repo", "hub_always_push", "hub_revision"),
+    "ddp_timeout",
 }
 
 

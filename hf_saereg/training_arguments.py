@@ -10,7 +10,7 @@ from hf_saereg import kernels
 from hf_saereg.cards import LICENSE
 from hf_saereg.errors import UserError
 from hf_saereg.heads.health import CENTRES
-from hf_saereg.processes import check_joined
+from hf_saereg.processes import PATIENCE, check_joined
 from hf_saereg.publishing import check_strategy
 
 _SPOILS = {
@@ -37,6 +37,8 @@ class SAERegArguments(TrainingArguments):
         eval_base: at each evaluation, also measure CE of the base and KL(base ‖ model).
         eval_fidelity: at each evaluation, also splice the heads into the model and score them.
         model_license: of the published model, as the Hub abbreviates it.
+        ddp_timeout: seconds that one process waits for another: 30 days, because a long text is
+            tokenised by the main one while all others wait.
         dataloader_drop_last: of training alone; an evaluation reads every row.
         metric_for_best_model: `loss` selects by CE, `objective` by CE + term, as published.
         report_to: TensorBoard unless said otherwise.
@@ -51,6 +53,10 @@ class SAERegArguments(TrainingArguments):
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of the run."})
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"], metadata={"help": "Where scalars go."}
+    )
+    ddp_timeout: int = field(
+        default=int(PATIENCE.total_seconds()),
+        metadata={"help": "Seconds that a process waits for another, which may be tokenising."},
     )
     kernel: str = field(
         default="auto",

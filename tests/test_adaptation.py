@@ -28,6 +28,7 @@ from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.errors import UserError
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, make_head
 from hf_saereg.heads.folder import HeadFolderError, load_head, save_heads
+from hf_saereg.heads.start import start_heads
 from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import TermOptions
 from hf_saereg.resuming import last_complete_checkpoint
@@ -504,6 +505,60 @@ def test_heads_start_from_what_saelens_wrote(base, trained_heads, tmp_path, seve
         torch.testing.assert_close(model.heads[site](x), theirs(x))
     with pytest.raises(HeadFolderError, match=r"has no head on blocks.1.hook_resid_\w+, but on"):
         adapted(base, "joint", heads_from=str(tmp_path))
+
+
+def as_saelens_wrote_it(head, folder, hook_name):
+    """Its folder, without our part of the metadata."""
+    save_heads([head], folder)
+    written = folder / "saes" / head.config.hook_name
+    cfg = json.loads((written / "cfg.json").read_text())
+    del cfg["metadata"]["saereg"]
+    cfg["metadata"]["hook_name"] = hook_name
+    (written / "cfg.json").write_text(json.dumps(cfg))
+    return written
+
+
+def test_a_head_after_a_block_starts_one_before_the_next(base, trained_heads, tmp_path):
+    """The same stream; after the last block it is a site of its own."""
+    after = "blocks.0.hook_resid_post"
+    theirs = load_head(trained_heads, SITES[1])
+    folder = as_saelens_wrote_it(theirs, tmp_path, hook_name=after)
+    model = adapted(base, "lora_frozen_heads", sites=SITES[1:2], heads_from=str(folder))
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(model.heads[SITES[1]](x), theirs(x))
+    for site in (SITES[0], SITES[2]):
+        with pytest.raises(HeadFolderError, match=f"no head on {site}, but on {after}"):
+            adapted(base, "joint", sites=[site], heads_from=str(folder))
+
+
+@pytest.mark.parametrize("family", ["standard", "tied", "gated", "jumprelu", "batchtopk"])
+def test_heads_go_on_dividing_by_the_spread(family, tmp_path):
+    """In training the spread is that of the batch, in evaluation the one that was followed."""
+    options = {"k": 4} if family == "batchtopk" else {}
+    family, tied = ("standard", True) if family == "tied" else (family, False)
+    config = SAEHeadConfig(
+        family, SITES[0], WIDTH, 24, tied=tied, normalization="variance", **options
+    )
+    torch.manual_seed(0)
+    trained = make_head(config).double()
+    x = 30 * torch.randn(50, WIDTH, dtype=torch.float64)
+    for parameter in trained.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    trained.train().losses(x)
+    save_heads([trained], tmp_path)
+    (started,) = start_heads(tmp_path, [config])
+    assert started.scale > 20
+    for mode in (False, True):
+        trained.train(mode), started.train(mode)
+        features = trained.encode(x)
+        assert 0 < (features > 0).double().mean() < 1
+        torch.testing.assert_close(started.encode(x), features, rtol=0, atol=0)
+        torch.testing.assert_close(started(x), trained(x), rtol=0, atol=0)
+
+
+def test_heads_of_raw_activations_have_no_spread_to_divide_by(base, trained_heads):
+    with pytest.raises(HeadConfigError, match=r"does not know the spread.*normalization: publish"):
+        adapted(base, "joint", normalization="variance", heads_from=str(trained_heads))
 
 
 # ---- what is refused ----

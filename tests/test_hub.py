@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, SITES
+from hub_client import digests
 from launching import run_python, start_python
 from loopback_hub import TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 from tiny_recipe import configuration
 from training_job import SITES as TRAINED_SITES
 
+from hf_saereg.adapters import lora_config
 from hf_saereg.heads import SAEHeadConfig, make_head
 from hf_saereg.heads.folder import save_heads
 
@@ -239,6 +241,48 @@ def test_model_pushes_itself(hub, checkpoint, tmp_path):
     metadata = json.loads(hub.files("someone/alone")[f"saes/{PRE_0}/cfg.json"])["metadata"]
     assert metadata["model_name"] == "someone/alone" and metadata["dataset_path"] == "plays"
     assert (tmp_path / "client" / "saved" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_comes_back_from_the_hub_on_its_base(hub, model, checkpoint, tmp_path):
+    """With its heads; from the cache alone, too."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.add_adapter(lora_config(rank=2, alpha=4, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.name_or_path = model.config.name_or_path = "someone/base"
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = "someone/base"
+    model.save_pretrained(tmp_path / "adapter")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files >= {"adapter_config.json", "adapter_model.safetensors", "saes"}
+    assert not files & {"config.json", "model.safetensors"}
+    shutil.rmtree(checkpoint / "saes")  # of a base there are none to take by mistake
+    adapter = {"do": "load", "repo": "someone/adapter"}
+    calls = [
+        {"do": "publish", "folder": str(checkpoint), "repo": "someone/base"},
+        {"do": "publish", "folder": str(tmp_path / "adapter"), "repo": "someone/adapter"},
+        adapter,
+        adapter | {"local_files_only": True},
+        adapter | {"cache_dir": "elsewhere"},
+        adapter | {"hook_names": [PRE_1], "cache_dir": "elsewhere", "local_files_only": True},
+    ]
+    *_, whole, cached, elsewhere, one = values(run_calls(hub, tmp_path / "client", calls))
+    assert whole["digests"] == digests(model)
+    assert whole == cached == elsewhere and whole["hook_names"] == SITES
+    assert one["hook_names"] == [PRE_1]
+
+
+def test_an_adapter_whose_base_is_gone_is_refused_in_one_sentence(hub, tmp_path):
+    content = json.dumps({"base_model_name_or_path": "someone/gone"}).encode()
+    hub.put("someone/adapter", {"adapter_config.json": content})
+    hub.put("someone/damaged", {"adapter_config.json": b"{}"})
+    calls = [{"do": "load", "repo": f"someone/{name}"} for name in ("adapter", "damaged")]
+    gone, damaged = run_calls(hub, tmp_path / "client", calls)
+    one_sentence(gone, "someone/gone", "404")
+    one_sentence(damaged, "adapter_config.json", "damaged")
 
 
 # ---- trainer ----

@@ -8,6 +8,7 @@ import pytest
 
 from hf_saereg.errors import UserError
 from hf_saereg.options import OptionsError, as_record, parse_options
+from hf_saereg.processes import PATIENCE
 from hf_saereg.trainer import SAERegArguments
 
 
@@ -46,6 +47,14 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(f
     assert shape.weights == [3.0, 4.0, 5.0]
     assert shape.names == ["a", "b"]
     assert shape.colour == Colour.RED
+
+
+def test_no_process_gives_up_on_one_that_tokenises():
+    """That of `TrainingArguments` does after half an hour, inside `main_process_first`."""
+    (arguments, _) = parse()
+    assert arguments.ddp_timeout_delta == PATIENCE
+    (arguments, _) = parse("--ddp_timeout", "60")
+    assert arguments.ddp_timeout_delta.total_seconds() == 60
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "'1e-3'", "1E-3"])

@@ -74,6 +74,11 @@ def test_an_option_that_came_later_and_is_off_leaves_the_run_the_same(folder, of
     check_run_folder(folder, OPTIONS | {"new_option": off}, resume=True)
 
 
+def test_a_run_goes_on_with_another_patience(tmp_path, arguments):
+    write_run(tmp_path / "old", arguments, OPTIONS | {"ddp_timeout": 1800})
+    check_run_folder(tmp_path / "old", OPTIONS | {"ddp_timeout": 2_592_000}, resume=True)
+
+
 def test_a_tuple_is_the_list_that_json_makes_of_it(folder):
     check_run_folder(folder, OPTIONS | {"d_sae": (8, 16)}, resume=True)
 

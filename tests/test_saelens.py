@@ -1,5 +1,6 @@
 """Heads in SAELens, and SAEs of SAELens as heads: the same features, the same reconstructions."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from hf_saereg.fidelity import baselines, fidelity
 from hf_saereg.heads import FAMILIES as OUR_FAMILIES
 from hf_saereg.heads import HeadConfigError, SAEHeadConfig, SkipOptions, make_head
 from hf_saereg.heads.bank import HeadBank
-from hf_saereg.heads.folder import save_heads
+from hf_saereg.heads.folder import load_head, save_heads
 from hf_saereg.heads.saelens import load_saelens_head
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: the extra [interop]")
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty")
 
 SITE, D_IN, D_SAE = SITES[1], 16, 48
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+NEAR = {"rtol": 1e-4, "atol": 1e-4}  # after all blocks
 UNPROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 FAMILIES = {
     "standard": {},
@@ -140,6 +142,85 @@ def test_head_computes_what_sae_lens_computes(
     ours = load_saelens_head(tmp_path)
     assert (ours.architecture, ours.config.hook_name) == (architecture, SITE)
     assert_same(ours, theirs, x)
+
+
+@pytest.fixture
+def centred_model(plain_model):
+    """What TransformerLens's `center_writing_weights` makes of the model."""
+    twin = copy.deepcopy(plain_model)
+    twin.lm_head.weight = torch.nn.Parameter(plain_model.lm_head.weight.detach().clone())
+    gpt2 = twin.transformer
+    writers = [getattr(block, part).c_proj for block in gpt2.h for part in ("attn", "mlp")]
+    written = [gpt2.wte.weight, gpt2.wpe.weight]
+    written += [tensor for writer in writers for tensor in (writer.weight, writer.bias)]
+    for tensor in written:  # (…, d_in)
+        tensor.data -= tensor.data.mean(dim=-1, keepdim=True)
+    return twin
+
+
+def their_centred_sae(architecture, **options):
+    theirs = their_sae(architecture, **options)
+    theirs.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    with torch.no_grad():
+        theirs.b_dec += 0.5  # its mean is not 0
+    return theirs
+
+
+@torch.no_grad()
+def predictions(model, input_ids, splices):
+    with model.at_sites(splices):
+        return model(input_ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("b_dec_from_input", [True, False])
+@pytest.mark.parametrize("normalization", ["none", "layer_norm"])
+@pytest.mark.parametrize("architecture", INFERENCE)
+def test_an_sae_of_the_centred_stream_reads_ours(
+    plain_model, centred_model, input_ids, tmp_path, architecture, normalization, b_dec_from_input
+):
+    theirs = their_centred_sae(
+        architecture, normalize_activations=normalization, apply_b_dec_to_input=b_dec_from_input
+    )
+    theirs.save_model(tmp_path / "theirs")
+    ours = load_saelens_head(tmp_path / "theirs")
+    activations = []
+    for model in (plain_model, centred_model):
+        with model.reading([SITE]) as read:
+            model(input_ids)
+        activations.append(read[SITE].flatten(0, 1).detach())
+    x, centred = activations
+    mean = x.mean(dim=-1, keepdim=True)
+    assert mean.abs().mean() > 0.05
+    torch.testing.assert_close(centred, x - mean, **CLOSE)
+    torch.testing.assert_close(ours.encode(x), theirs.encode(centred), **CLOSE)
+    layer_norm = normalization == "layer_norm"  # which puts each token's mean back
+    expected = theirs(centred) + (mean if layer_norm else 0)
+    torch.testing.assert_close(ours(x), expected, **CLOSE)
+    # spliced in, alone and with one further on, the two models predict the same
+    further = load_saelens_head(tmp_path / "theirs", hook_name=SITES[2])
+    ours, theirs = {SITE: ours}, {SITE: theirs}
+    alone = predictions(plain_model, input_ids, ours)
+    torch.testing.assert_close(alone, predictions(centred_model, input_ids, theirs), **NEAR)
+    ours[SITES[2]] = further
+    theirs[SITES[2]] = lambda x: theirs[SITE](x - x.mean(dim=-1, keepdim=True))
+    both = predictions(plain_model, input_ids, ours)
+    torch.testing.assert_close(both, predictions(centred_model, input_ids, theirs), **NEAR)
+    unspliced = predictions(plain_model, input_ids, {})
+    assert (alone - unspliced).abs().max() > 0.1 and (both - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", INFERENCE)
+def test_a_centred_sae_that_was_saved_again_is_not_folded_again(x, tmp_path, architecture):
+    their_centred_sae(architecture).save_model(tmp_path / "theirs")
+    ours = load_saelens_head(tmp_path / "theirs")
+    save_heads([ours], tmp_path / "ours")
+    folder = tmp_path / "ours" / "saes" / SITE
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert metadata["model_from_pretrained_kwargs"]["center_writing_weights"] is False
+    for again in (load_saelens_head(folder), load_head(tmp_path / "ours", SITE)):
+        torch.testing.assert_close(again.W_enc, ours.W_enc, rtol=0, atol=0)
+        torch.testing.assert_close(again.encode(x), ours.encode(x), **CLOSE)
+    assert_same(ours, sae_lens.SAE.load_from_disk(folder), x)
 
 
 def test_features_scaled_by_decoder_norms_are_folded(x, tmp_path):

@@ -246,6 +246,20 @@ class SAEHead(nn.Module, ABC):
             state["scale"] = torch.ones(())  # it is folded into the weights
         self.load_state_dict(state, assign=True)
 
+    def load_scaled_weights(self, trained: Self) -> None:
+        """Take weights that read activations divided by their spread, with the running spread.
+
+        `load_saelens_weights` takes them folded for raw activations, which the spread of a batch in
+        training would divide once more.
+
+        Args:
+            trained: of the same shape, with normalization `variance` too.
+        """
+        own = dict(self.named_parameters())
+        state = {**trained.state_dict(), "W_enc": trained.encoder_weight}
+        taken = {name: state[name].detach().clone() for name in own} | {"scale": state["scale"]}
+        self.load_state_dict(self.state_dict() | taken, assign=True)
+
     def normalise(self, x: Tensor) -> Normalised:
         """Activations as the encoder reads them, by `normalization`.
 

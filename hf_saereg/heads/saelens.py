@@ -2,13 +2,15 @@
 
 Notable:
 - what our families compute otherwise is folded into the weights: inputs that `b_dec` is not taken
-  from, features scaled by decoder norms, activations that were scaled to a norm
+  from, features scaled by decoder norms, activations that were scaled to a norm, a stream that
+  TransformerLens had centred
 - first positions and token ids that it was trained without stay left out; a slice with an end, and
   special tokens that are not listed, mean something to SAELens's own store of activations alone
 - what cannot be folded exactly is refused: no head that reads its site otherwise than in SAELens
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ RAW_INPUTS = ("none", "layer_norm")
 
 def load_saelens_head(folder: str | Path, hook_name: str | None = None, **options: Any) -> SAEHead:
     """The head that computes what `SAE.load_from_disk(folder)` computes.
+
+    An SAE trained on TransformerLens's centred stream, as those of `gpt2-small-res-jb`, reads the
+    uncentred one with the same features: see `_centred`. The folder must say so, which it does when
+    SAELens saved it after `SAE.from_pretrained`; one that does not say is taken as uncentred.
 
     Args:
         folder: with `cfg.json` and `sae_weights.safetensors`.
@@ -120,6 +126,8 @@ def _as_ours(family: str, cfg: dict[str, Any], weights: dict[str, Tensor]) -> di
     """Weights as `SAEHead.saelens_weights` has them, of the same features."""
     weights = dict(weights)
     biases = ENCODER_BIASES.get(family, ("b_enc",))
+    if _was_centred(cfg):
+        weights = _centred(cfg, weights, biases)
     if family == "batchtopk" and "topk_threshold" in weights:
         threshold = weights.pop("topk_threshold").to(weights["b_enc"])
         weights["threshold"] = threshold.expand(cfg["d_sae"]).clone()
@@ -134,7 +142,41 @@ def _as_ours(family: str, cfg: dict[str, Any], weights: dict[str, Tensor]) -> di
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
     if not cfg.get("apply_b_dec_to_input", True):
         shift = weights["b_dec"] @ weights["W_enc"]
-        for name in biases:
-            gain = weights["r_mag"].exp() if name == "b_mag" else 1.0
-            weights[name] = weights[name] + shift * gain
+        weights = _shifted(weights, biases, shift)
     return weights
+
+
+def _was_centred(cfg: dict[str, Any]) -> bool:
+    processing = cfg.get("metadata", cfg).get("model_from_pretrained_kwargs") or {}
+    return bool(processing.get("center_writing_weights"))
+
+
+def _centred(
+    cfg: dict[str, Any], weights: dict[str, Tensor], biases: Sequence[str]
+) -> dict[str, Tensor]:
+    """Encoder that reads x as the SAE reads P x = x − mean(x), the mean over `d_in`.
+
+    `center_writing_weights` takes the mean from all that is written to the stream, so that there it
+    is P x where here it is x. P is linear and symmetric: `W_enc` becomes P `W_enc`, whose columns
+    have mean 0, and features are the same to rounding. A head that is folded once stays as it is.
+
+    The decoder is left alone. What it gives lies on the centred stream, and mean(x) is not in it;
+    every later reader of GPT-2, `ln_1`, `ln_2` and `ln_f`, begins with P. So a stream that goes on
+    from x̂ and one from x̂ + mean(x) give the same logits: by induction, blocks that read the same
+    P x write the same, and the two sums differ by the same multiple of (1, …, 1) after each block.
+    What does see the mean: the error against x, of which mean(x) is part; an SAE further on that
+    reads raw activations. One that is folded does not, while in TransformerLens it would see
+    mean(x̂), which training brings close to 0.
+    """
+    mean = weights["W_enc"].mean(dim=0)  # (d_sae,)
+    folded = weights | {"W_enc": weights["W_enc"] - mean}
+    if cfg.get("apply_b_dec_to_input", True):
+        # b_dec @ W_enc is subtracted there, b_dec @ P W_enc here
+        folded = _shifted(folded, biases, -weights["b_dec"].sum() * mean)
+    return folded
+
+
+def _shifted(weights: dict[str, Tensor], biases: Sequence[str], shift: Tensor) -> dict[str, Tensor]:
+    """With `shift`, (d_sae,), added to what the encoder computes from x."""
+    gains = {"b_mag": weights["r_mag"].exp()} if "b_mag" in biases else {}
+    return weights | {name: weights[name] + shift * gains.get(name, 1.0) for name in biases}

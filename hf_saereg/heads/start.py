@@ -4,6 +4,7 @@ Notable:
 - what a head computes, and on which tokens, comes from where it was trained, how it is trained on
   from the options
 - a difference between the two that would change its features is refused
+- the stream after a block is that before the next: SAELens's folders may call it by either name
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,13 +34,22 @@ def start_heads(source: str | Path, configs: Sequence[SAEHeadConfig]) -> list[SA
     trained = {head.config.hook_name: head for head in _trained(source, configs)}
     heads = []
     for config in configs:
-        if config.hook_name not in trained:
+        there = trained.get(config.hook_name) or trained.get(_after_previous(config.hook_name))
+        if there is None:
             raise HeadFolderError(
                 f"{source} has no head on {config.hook_name}, but on "
                 f"{', '.join(trained) or 'no site'}; name the sites that it has by hook_names."
             )
-        heads.append(_started(config, trained[config.hook_name], source))
+        heads.append(_started(config, there, source))
     return heads
+
+
+def _after_previous(hook_name: str) -> str | None:
+    """What the place before a block is called as the one after the previous block."""
+    _, block, point = hook_name.split(".")
+    if point != "hook_resid_pre" or block == "0":
+        return None
+    return f"blocks.{int(block) - 1}.hook_resid_post"
 
 
 def _trained(source: str | Path, configs: Sequence[SAEHeadConfig]) -> Iterator[SAEHead]:
@@ -74,7 +84,16 @@ def _started(config: SAEHeadConfig, trained: SAEHead, source: str | Path) -> SAE
             f"The head on {config.hook_name} in {source} was trained with normalization "
             f"{trained.config.normalization}; it must be layer_norm for both or for neither."
         )
+    scaled = config.normalization == "variance"
+    if scaled and trained.config.normalization != "variance":
+        raise HeadConfigError(
+            f"The head on {config.hook_name} in {source} reads raw activations, and does not know "
+            "the spread that normalization variance divides them by; say normalization: "
+            f"{trained.config.normalization}."
+        )
     skip = config.for_trained(trained.config, source)
     head = make_head(replace(config, **asdict(skip)))
     head.load_saelens_weights(trained.saelens_weights())
+    if scaled:
+        head.load_scaled_weights(trained)
     return head
