@@ -13,7 +13,7 @@ Notable:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from hf_saereg.adapters import TARGETS, lora_config
 from hf_saereg.configuration import DROPOUTS
@@ -24,6 +24,7 @@ from hf_saereg.modeling import SAERegGPT2LMHeadModel
 from hf_saereg.regularizer import TermOptions
 
 MODES = ("joint", "lora", "lora_frozen_heads", "heads", "plain")
+ADAPTED = ("lora", "lora_frozen_heads")  # those with adapters
 
 
 class AdaptationError(UserError):
@@ -67,6 +68,19 @@ class AdaptationArguments:
         if self.mode == "plain" and self.heads_from is not None:
             raise AdaptationError("mode plain trains without heads; leave heads_from out.")
         lora_config(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
+        if self.mode not in ADAPTED:
+            self._check_no_lora()
+
+    def _check_no_lora(self) -> None:
+        for option in fields(self):
+            made = option.default_factory
+            usual = option.default if made is MISSING else made()
+            said = getattr(self, option.name)
+            if option.name.startswith("lora_") and said != usual:
+                raise AdaptationError(
+                    f"{option.name} is {said}, but mode {self.mode} has no adapters; leave it out, "
+                    f"or say mode {' or '.join(ADAPTED)}."
+                )
 
 
 def adapt(
@@ -104,7 +118,7 @@ def adapt(
     model.attach_heads(heads, term)
     if arguments.heads_from is not None:
         model.place_heads(start_heads(arguments.heads_from, heads))
-    if mode in ("lora", "lora_frozen_heads"):
+    if mode in ADAPTED:
         model.add_adapter(
             lora_config(
                 arguments.lora_r,

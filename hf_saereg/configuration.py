@@ -76,7 +76,7 @@ class HeadsArguments(SkipOptions):
         default="published",
         metadata={
             "help": "How heads read their site and what R + A is divided by: published, detached, "
-            "layer_norm or variance."
+            "layer_norm or variance, whose running mean is of the first process's tokens."
         },
     )
     bandwidth: float = field(

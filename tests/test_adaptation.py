@@ -22,7 +22,7 @@ from training_job import (
 )
 from transformers import GPT2LMHeadModel
 
-from hf_saereg.adaptation import AdaptationArguments, AdaptationError, adapt
+from hf_saereg.adaptation import ADAPTED, AdaptationArguments, AdaptationError, adapt
 from hf_saereg.adapters import AdapterError
 from hf_saereg.divergence import kl_of_predictions
 from hf_saereg.errors import UserError
@@ -71,7 +71,8 @@ def adapted(
     model = SAERegGPT2LMHeadModel.from_pretrained(base, dtype=dtype)
     torch.manual_seed(5)
     configs = head_configs(sites, normalization=normalization)
-    options = {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0} | options
+    lora = {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0} if mode in ADAPTED else {}
+    options = lora | options
     adapt(model, AdaptationArguments(mode=mode, **options), configs, term)
     return model.to(dtype)
 
@@ -453,9 +454,8 @@ def test_a_resumed_run_ends_with_the_same_weights(base, trained_heads, tmp_path,
         }
         options |= {"lr_scheduler_type": "cosine", "learning_rate": 0.01, "anchor_weight": 0.0}
         options |= {} if mode == "lora_frozen_heads" else {"heads_learning_rate": 0.03}
-        model = adapted(
-            base, mode, heads_from=str(trained_heads), lora_dropout=0.2 if mode != "heads" else 0
-        )
+        lora = {"lora_dropout": 0.2} if mode in ADAPTED else {}
+        model = adapted(base, mode, heads_from=str(trained_heads), **lora)
         return trainer(model.float(), arguments(tmp_path / folder, **options))
 
     whole = job("whole")
@@ -572,6 +572,12 @@ def test_heads_of_raw_activations_have_no_spread_to_divide_by(base, trained_head
         ({"lora_r": 0}, "lora_r is 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"lora_targets": ["wte"]}, "tied to the output layer"),
+        ({"lora_r": 16}, "lora_r is 16, but mode joint has no adapters; leave it out, or say mode"),
+        (
+            {"mode": "heads", "lora_targets": ["c_fc"]},
+            r"lora_targets is .*, but mode heads",
+        ),
+        ({"mode": "plain", "lora_dropout": 0.0}, "lora_dropout is 0.0, but mode plain has no"),
     ],
 )
 def test_options_that_cannot_be(options, sentence):

@@ -27,7 +27,7 @@ from training_job import (
 from transformers import Trainer
 
 from hf_saereg import upkeep
-from hf_saereg.adaptation import AdaptationArguments, adapt
+from hf_saereg.adaptation import ADAPTED, AdaptationArguments, adapt
 from hf_saereg.heads.folder import load_head
 from hf_saereg.regularizer import TermOptions
 
@@ -48,7 +48,7 @@ def in_mode(mode, heads):
     frozen = mode == "lora_frozen_heads"
     options = {"heads_from": str(heads)} if frozen else {}
     configs = [load_head(heads, site).config for site in SITES[1:]] if frozen else upkept_heads()
-    lora = {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
+    lora = {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0} if mode in ADAPTED else {}
     term = TermOptions(splice_loss="kl") if frozen else None
     torch.manual_seed(5)
     adapt(model, AdaptationArguments(mode=mode, **lora, **options), configs, term)

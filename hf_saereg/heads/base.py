@@ -264,7 +264,8 @@ class SAEHead(nn.Module, ABC):
         """Activations as the encoder reads them, by `normalization`.
 
         `layer_norm` as SAELens computes it; `variance` divides by the root mean square over tokens
-        and dimensions of x − mean(x), of the batch in training and a running mean in evaluation.
+        and dimensions of x − mean(x), of the batch in training and a running mean in evaluation; on
+        several processes the mean is over the tokens of the first.
 
         Args:
             x: (tokens, d_in), raw.

@@ -16,8 +16,8 @@ class BatchTopKSAE(SAEHead):
     """f = ReLU of the k · tokens largest pre-activations of a batch; no sparsity loss.
 
     In training the batch decides; a running mean of the smallest value it selected is kept, and is
-    the threshold in evaluation mode, where a token's features do not depend on its neighbours.
-    Saved as a JumpReLU with that threshold.
+    the threshold in evaluation mode, where a token's features do not depend on its neighbours; on
+    several processes it is of the first one's tokens. Saved as a JumpReLU with that threshold.
 
     See: Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410).
     """
