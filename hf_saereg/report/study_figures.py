@@ -17,7 +17,7 @@ from hf_saereg.report.events import Drawn
 from hf_saereg.report.layout import Caption
 from hf_saereg.report.norms import NormLine, draw_norm_lines
 from hf_saereg.report.swept import ScoredModel
-from hf_saereg.report.swept_curves import variants, with_one_variant
+from hf_saereg.report.swept_curves import fresh, variants, with_one_variant
 from hf_saereg.report.swept_figures import DRAWINGS, bar_panels
 from hf_saereg.report.swept_page import captions
 
@@ -37,11 +37,15 @@ class VariantNorms(NamedTuple):
 def sae_figures(models: Sequence[ScoredModel]) -> tuple[dict[str, Drawn], dict[str, Caption]]:
     """Curves, bars and densities of the fresh SAEs by name, and their words.
 
+    Fresh SAEs that one of several variants alone has are in the tables only.
+
     Args:
         models: variants that are drawn.
     """
     figures, words = {}, {}
     for variant in variants(models):
+        if sum(bool(fresh(model.sets, variant)) for model in models) < min(2, len(models)):
+            continue
         own = [with_one_variant(model, variant) for model in models]
         said = captions(own)
         for name, draw in DRAWINGS.items():
