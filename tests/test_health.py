@@ -138,6 +138,15 @@ def test_forgotten_latents_keep_their_weights_and_nothing_else():
     assert optimizer.state[head.b_dec]["exp_avg_sq"].all()
 
 
+def test_an_origin_as_long_as_there_are_latents_is_no_latents():
+    head = make_head(SAEHeadConfig("standard", SITE, 8, 8))
+    head.b_dec.data.fill_(0.5)
+    head.tokens_since_fired[:3] = 10**9
+    optimizer = torch.optim.Adam(head.parameters())
+    assert resample(head, torch.randn(50, 8), torch.Generator().manual_seed(0), optimizer) == 3
+    assert (head.b_dec == 0.5).all()
+
+
 def test_a_head_that_died_altogether_comes_back():
     head = head_with("standard")
     head.b_enc.data.fill_(-1e3)

@@ -108,5 +108,5 @@ def _of_latents(head: SAEHead, latents: Tensor) -> Iterator[tuple[str, nn.Parame
     for name, parameter in head.named_parameters():
         if name == "W_enc":
             yield name, parameter, (slice(None), latents)
-        elif name == "W_dec" or parameter.shape == (head.config.d_sae,):
+        elif name != "b_dec" and len(parameter) == head.config.d_sae:
             yield name, parameter, (latents,)
