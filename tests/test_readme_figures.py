@@ -1,6 +1,7 @@
 """The README's figures are those of the kept results."""
 
 import json
+import math
 import statistics
 
 import pytest
@@ -24,37 +25,52 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def small():
-    return read(RESULTS / "small" / "results.json")
+def test_what_the_term_bought_at_three_seeds():
+    study = read(RESULTS / "study_small" / "study.json")
+    (own,) = [one for one in study["against_baseline"] if one["variant"] == "published"]
+    kept, sites = tables_of("study_small")
+    text, pair = section("What it bought"), ("plain", "published")
+
+    def difference(interval):
+        return f"+{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+    def ratio(family):
+        found = own["compound"][family]["log_ratio"]
+        mean, low, high = (math.exp(found[name]) for name in ("mean", "low", "high"))
+        return f"× {mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    assert own["eval_ce"]["seeds"] == [0, 1, 2]
+    assert round(own["compound"]["topk"]["sum_l0"]) == 50
+    assert row("validation CE, nats a character", text) == [
+        *(kept[name]["CE"] for name in pair),
+        difference(own["eval_ce"]),
+    ]
+    for label, family in (
+        ("fresh TopK SAEs, k 5 / 10 / 20", "topk"),
+        ("fresh standard SAEs, steered to L0 5 / 10 / 20", "standard"),
+    ):
+        costs = [compound(kept[name], family, (5, 10, 20)) for name in pair]
+        assert row(f"compound CE increase, {label}", text) == [*costs, ratio(family)]
+    found = row("CE increase a site, fresh TopK SAEs, k 10", text)
+    assert found[:2] == [sites[name]["fresh topk 10"] for name in pair]
+    heads = row("compound CE increase, the model's own heads", text)
+    assert heads[1] == kept["published"]["compound, cotrained topk 10"]
 
 
-def fresh_topk(rows, model):
-    wanted = {"model": model, "family": "topk", "source": "fresh"}
-    return [row for row in rows if wanted.items() <= row.items()]
-
-
-@pytest.mark.parametrize(("label", "name"), [
-    ("validation CE, nats a character", "eval_ce"), ("training CE", "train_ce")
-])  # fmt: skip
-def test_cross_entropies_of_the_small_pair(small, label, name):
-    assert row(label) == [f"{model[name]:.3f}" for model in small["models"].values()]
-
-
-def test_compound_increases_of_the_small_pair(small):
-    found = row("compound CE increase, fresh TopK SAEs, Σ L0 15 / 25 / 50")
-    for cell, model in zip(found, small["models"], strict=True):
-        points = fresh_topk(small["compound"], model)
-        assert [round(point["sum_l0"]) for point in points] == [15, 25, 50]
-        assert cell == " / ".join(f"{point['ce_increase']:.3f}" for point in points)
-
-
-def test_increases_a_site_of_the_small_pair(small):
-    found = row("CE increase a site, fresh TopK SAEs, k 10")
-    for cell, model in zip(found, small["models"], strict=True):
-        sites = [r for r in fresh_topk(small["rows"], model) if r["sparsity"] == 10]
-        assert [r["site"] for r in sites] == small["sites"]
-        assert cell == ", ".join(f"{r['ce_increase']:.3f}" for r in sites)
+def test_what_adapters_around_a_frozen_head_learn():
+    history = read(RESULTS / "gpt2_base_spliced" / "trainer_state.json")["log_history"]
+    first, last = [entry for entry in history if "eval_spliced_loss" in entry]
+    site = "blocks.2.hook_resid_pre"
+    said = (
+        f"CE {last['eval_base_loss']:.3f}",
+        f"{first['eval_spliced_loss']:.3f} to {last['eval_spliced_loss']:.3f}",
+        f"CE from {first[f'eval_ce/{site}']:.3f} to {last[f'eval_ce/{site}']:.3f}",
+        f"FVU {first[f'eval_fvu/{site}']:.3f}, then {last[f'eval_fvu/{site}']:.3f}",
+        f"{last['eval_loss']:.3f}, {last['eval_loss'] - last['eval_base_loss']:.3f} above",
+    )
+    text = " ".join(README.split())
+    for figure in said:
+        assert figure in text, figure
 
 
 def test_what_a_step_costs():
