@@ -55,7 +55,7 @@ def launch_two(*words, **options):
     return stdout_of(start_two(*words, **options))
 
 
-def start_two(*words, timeout=120, **variables):
+def start_two(*words, timeout=300, **variables):
     """Run a script, or `-m MODULE`, with its words in two processes, to its end.
 
     Args:
