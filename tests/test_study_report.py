@@ -33,7 +33,7 @@ from hf_saereg.report.study_verdict import recommend
 from hf_saereg.report.study_words import drawn_models
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
-from hf_saereg.study_cells import check_finished, finished_cells
+from hf_saereg.study_cells import cell_folder, check_finished, finished_cells
 from hf_saereg.study_l0 import L0Curve, SteeredTraining
 from hf_saereg.study_report import write_study
 from hf_saereg.study_settings import settings_of
@@ -483,5 +483,8 @@ def test_a_study_in_the_repository_says_what_its_cells_do(name):
     assert ours["recommendation"]["sentence"] == kept["recommendation"]["sentence"]
     assert ours["sum_l0"] == pytest.approx(kept["sum_l0"])
     assert [row["variant"] for row in rows] == [row["variant"] for row in kept["rows"]]
-    assert all(check_finished(study, cell_["variant"], cell_["seed"], folder) for cell_ in cells)
+    for cell_ in cells:  # raises where one was made with other options
+        own = cell_folder(folder, cell_["variant"], cell_["seed"])
+        found = check_finished(study, cell_["variant"], cell_["seed"], folder)
+        assert found == (own / "run.json").is_file()
     assert (folder / "index.html").is_file()
