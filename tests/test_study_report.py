@@ -30,7 +30,7 @@ from hf_saereg.report.study_page import DOUBTED_SITE, StudyFacts, write_study_pa
 from hf_saereg.report.study_statistics import Interval, against_baseline, site_changes
 from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, tallies
 from hf_saereg.report.study_verdict import recommend
-from hf_saereg.report.study_words import drawn_models
+from hf_saereg.report.study_words import by_family, drawn_models
 from hf_saereg.report.verdict import Curve, CurvePoint, Outcome
 from hf_saereg.study import Study
 from hf_saereg.study_cells import cell_folder, check_finished, finished_cells
@@ -372,7 +372,7 @@ def test_the_page_has_the_verdict_first(page):
         assert said in html
     assert "One seed" not in html and "Not settled" not in html
     text = " ".join(re.sub("<[^>]+>", " ", html).split())
-    assert "over the baseline’s: × 0.51 with fresh topk [0." in text
+    assert "increase of “light” over the baseline’s: × 0.51 with fresh topk [0." in text
     assert "does not exclude 1" not in text
     assert "untrained topk 6 wins: it has next to nothing to lose" in text
     assert "not in this folder any more: “heavy”." in text
@@ -457,6 +457,18 @@ def test_a_study_is_reported_again_from_its_folder_alone(tmp_path):
     (folder / "study.json").write_text('{"settings": {}}')
     with pytest.raises(SystemExit, match="has no 'study', from which a study is read again"):
         cli.main(["report", str(folder)])
+
+
+def test_the_only_variant_is_told_by_family_though_it_is_not_recommended():
+    cells = [own for own in study_of() if own["variant"] in ("plain", "light")]
+    settings = {name: SETTINGS[name] for name in ("plain", "light", "untrained")}
+    found = find_in_study(cells, table(cells, "plain"), "plain", settings, list(FAMILIES))
+    assert found.recommendation.variant is None
+    assert by_family(found).startswith("Compound CE increase of “light” over the baseline’s: × 0.5")
+    every = [own for own in study_of() if own["variant"] in ("plain", "light", "heavy")]
+    settings["heavy"] = SETTINGS["heavy"]
+    found = find_in_study(every, table(every, "plain"), "plain", settings, list(FAMILIES))
+    assert found.recommendation.variant is None and by_family(found) == ""
 
 
 def test_a_study_whose_baseline_alone_is_finished_has_a_page(tmp_path):

@@ -13,12 +13,17 @@ DRAWN = 6  # variants, as many as there are colours
 
 
 def by_family(found: StudyFindings) -> str:
-    """What the recommended variant does to each family of fresh SAEs alone; empty without one.
+    """What the recommended variant, or the only one, does to each family of fresh SAEs alone.
 
     Args:
         found: all that is said.
+
+    Returns:
+        A sentence; empty where nothing is recommended among several.
     """
-    own = [row for row in found.against if row.variant == found.recommendation.variant]
+    compared = [own.variant for own in found.recommendation.gains if own.control is None]
+    chosen = found.recommendation.variant or (compared[0] if len(compared) == 1 else None)
+    own = [row for row in found.against if row.variant == chosen]
     parts = []
     for fresh, change in own[0].compound.items() if own else ():
         ratio = change.log_ratio
@@ -31,7 +36,9 @@ def by_family(found: StudyFindings) -> str:
             if ratio.low <= 0 <= ratio.high:
                 part += ", which alone does not exclude 1"
         parts.append(part)
-    return f"Its compound CE increase, over the baseline’s: {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    return f"Compound CE increase of “{chosen}” over the baseline’s: {'; '.join(parts)}."
 
 
 def drawn_models(found: StudyFindings) -> list[ScoredModel]:
