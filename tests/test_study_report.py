@@ -23,10 +23,11 @@ from scipy import stats
 from hf_saereg import cli
 from hf_saereg.heads import FAMILIES
 from hf_saereg.report import ReportError
+from hf_saereg.report.findings import DOUBTED_SITE
 from hf_saereg.report.l0_curves import l0_caption
 from hf_saereg.report.study_curves import MeasuredStudy, at_equal_l0, stated_l0
 from hf_saereg.report.study_findings import find_in_study
-from hf_saereg.report.study_page import DOUBTED_SITE, StudyFacts, write_study_page
+from hf_saereg.report.study_page import StudyFacts, write_study_page
 from hf_saereg.report.study_statistics import Interval, against_baseline, site_changes
 from hf_saereg.report.study_tables import NOT_REACHED, NOT_RUN, matrix, tallies
 from hf_saereg.report.study_verdict import recommend

@@ -22,6 +22,7 @@ from hf_saereg.report.verdict import (
 )
 
 BARS_AT = 50  # of the published bars; the nearest L0 that all models reached is shown
+DOUBTED_SITE = "blocks.3.hook_resid_pre"  # where the published post found the gain unreliable
 SUM_L0 = "Σ\N{NO-BREAK SPACE}L0"
 EQUAL_CE = 0.0005  # nats; what rounds to 0.000 is not called a difference
 EQUAL_GAP = 0.005  # nats; what the published experiment's CE varies by between seeds

@@ -164,8 +164,6 @@ def render_page(
     Returns:
         The HTML.
     """
-    from hf_saereg.report.study_page import DOUBTED_SITE  # here, for it imports torch
-
     heads = results.cotrained_compound()
     return render_template(
         "index.html.j2",
@@ -178,8 +176,8 @@ def render_page(
         trainings=trainings,
         quality=quality,
         phases={PHASES.get(key, key.replace("_", " ")): s for key, s in results.seconds.items()},
-        doubted_site=DOUBTED_SITE,
-        doubted=_outcomes(found, DOUBTED_SITE),
+        doubted_site=findings.DOUBTED_SITE,
+        doubted=_outcomes(found, findings.DOUBTED_SITE),
         cotrained=_cotrained(results),
         cotrained_compound=heads,
         fresh_compound=heads

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_saereg.report.findings import tally_text
+from hf_saereg.report.findings import DOUBTED_SITE, tally_text
 from hf_saereg.report.layout import (
     PAGE_MODULES,
     draw_pictures,
@@ -26,8 +26,6 @@ from hf_saereg.report.study_words import (
     trade_off_caption,
 )
 from hf_saereg.study_l0 import SteeredTraining
-
-DOUBTED_SITE = "blocks.3.hook_resid_pre"  # where the published post found the gain unreliable
 
 
 class StudyFacts(NamedTuple):
